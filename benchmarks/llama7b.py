@@ -1,0 +1,67 @@
+"""LLaMA-7B at its real shapes: what the exporter needs, and what the bundle does here."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bundles import bytes_per_token, tokenizer
+from benchmarks.checkpoints import sparse_checkpoint
+from benchmarks.table import Row
+from crayon_runtime import Engine
+from crayon_runtime.probe import read_bandwidth
+
+_MB = 1e6
+
+
+def run(work: Path) -> Iterator[Row]:
+    model = sparse_checkpoint(work, "llama-7b")
+    shallow = sparse_checkpoint(work, "llama-7b", layers=4)
+    peaks = {}
+    for mode, options in (("switchable", []), ("--merge", ["--merge"])):
+        bundle = work / f"llama-7b-{mode.strip('-')}.bundle"
+        report = _export(model, bundle, *options)
+        peaks[mode] = report["peak_rss_bytes"]
+        yield Row(
+            f"LLaMA-7B shapes, int4, with goldens, {mode}: peak memory of the exporter",
+            "<= 1500 MB",
+            f"{peaks[mode] / _MB:.0f} MB",
+            peaks[mode] <= 1500 * _MB,
+        )
+        yield Row(f"its time, {mode}", "<= 10 min", f"{report['seconds'] / 60:.1f} min", report["seconds"] <= 600)
+    small = _export(shallow, work / "llama-7b-4-layers.bundle")["peak_rss_bytes"]
+    growth = peaks["switchable"] / small
+    yield Row("peak memory, 32 layers against 4", "no growth", f"{growth:.2f} x", growth <= 1.25)
+    yield from _decode(work / "llama-7b-switchable.bundle")
+
+
+def _export(model: Path, bundle: Path, *options: str) -> dict[str, Any]:
+    """Run `crayon export` in a process of its own, and hold its report against the kernel's accounts."""
+    command = [sys.executable, "-m", "crayon_runtime", "export", str(model), "--out", str(bundle), "--force", "--json"]
+    command += ["--adapter", str(model / "adapter"), "--tokenizer", str(tokenizer()), *options]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    report: dict[str, Any] = json.loads(done.stdout)["report"]
+    largest_child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    assert report["peak_rss_bytes"] <= largest_child
+    return report
+
+
+def _decode(bundle: Path) -> Iterator[Row]:
+    threads, tokens = 2, 16
+    with Engine.load(bundle, threads=threads) as engine:
+        generation = engine.generate([1], max_new_tokens=tokens)
+        best = max(engine.generate([1], max_new_tokens=tokens).decode_tokens_per_second for _ in range(3))
+        nbytes = bytes_per_token(bundle)
+        bandwidth = read_bandwidth(nbytes, threads)
+    share = best * nbytes / bandwidth
+    yield Row(
+        "that bundle generates here: decode, and share of the read bandwidth",
+        "runs",
+        f"{best:.2f} tok/s, {share:.0%} of {bandwidth / 1e9:.1f} GB/s",
+        generation.generated_tokens == tokens,
+    )

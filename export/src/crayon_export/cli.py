@@ -1,0 +1,75 @@
+"""The exporter's verbs: `crayon export`, `crayon adapter convert`, `crayon estimate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from crayon_runtime.cli.common import json_option, print_json, print_text, progress
+
+_FOLDER = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--out", type=_FOLDER, help="The bundle to write.  [required unless --dry-run]")
+@click.option("--backend", type=click.Choice(["onnx"]), default="onnx", show_default=True)
+@click.option("--quantize", type=click.Choice(["int4", "int8", "none"]), default="int4", show_default=True)
+@click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 or 128.  [default: 32]")
+@click.option(
+    "--context-length", type=int, help="Tokens that the KV cache holds.  [default: the model's, at most 2048]"
+)
+@click.option("--kv-dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
+@click.option("--adapter", "adapters", multiple=True, type=_FOLDER, help="A PEFT LoRA to ship inside. Repeatable.")
+@click.option("--merge", is_flag=True, help="Add the one adapter into the weights instead.")
+@click.option("--adapter-slots/--no-adapter-slots", default=True, help="Whether adapters can be attached at all.")
+@click.option("--tap-layer", type=int, help="Hidden state to return beside the logits.  [default: the last]")
+@click.option("--tokenizer", type=_FOLDER, help="A tokenizer.json, tokenizer.model or folder, if not the model's own.")
+@click.option("--revision", help="Branch, tag or commit, where MODEL is a Hub id.")
+@click.option("--token", envvar="HF_TOKEN", help="Hub access token.  [env: HF_TOKEN]")
+@click.option("--force", is_flag=True, help="Replace the bundle at --out.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and stop.")
+@json_option
+def export(model: str, out: Path | None, force: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Export MODEL (a folder or a Hub id) to a quantized bundle."""
+    from crayon_export.exporter import run
+    from crayon_export.plan import plan
+
+    if out is None and not dry_run:
+        raise click.UsageError("Missing option '--out'.")
+    decided = plan(model, **options)
+    if out is None or dry_run:
+        print_json(decided.describe())
+        return
+    with progress(f"exporting {decided.name}", decided.weight_bytes) as advance:
+        done = run(decided, out, replace=force, on_bytes=advance)
+    if as_json:
+        print_json({"bundle": str(done.bundle.path), "report": done.report.to_dict()})
+    else:
+        print_text(f"{done.report.to_text()}\n\n{done.bundle.path}")
+
+
+@click.group()
+def adapter() -> None:
+    """Convert LoRA adapters for a bundle."""
+
+
+@adapter.command()
+@click.argument("peft_dir", type=_FOLDER)
+@click.option("--bundle", required=True, type=_FOLDER, help="The base that the adapter is for.")
+@click.option("--out", required=True, type=_FOLDER, help="The adapter bundle to write.")
+@click.option("--force", is_flag=True, help="Replace the adapter bundle at --out.")
+@json_option
+def convert(peft_dir: Path, bundle: Path, out: Path, force: bool, as_json: bool) -> None:
+    """Convert a PEFT LoRA into an adapter bundle for one base."""
+    from crayon_export.adapters import convert_adapter
+
+    done = convert_adapter(peft_dir, bundle, out, replace=force)
+    manifest = done.as_adapter
+    if as_json:
+        print_json({"adapter": str(done.path), "name": manifest.name, "targets": len(manifest.targets)})
+    else:
+        ranks = sorted({t.rank for t in manifest.targets})
+        print_text(f"{manifest.name}: {len(manifest.targets)} layers, rank {', '.join(map(str, ranks))}\n{done.path}")

@@ -1,0 +1,66 @@
+"""Weights on their way into an ONNX external-data file, one chunk at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+_TYPES = {
+    np.dtype(np.float32): onnx.TensorProto.FLOAT,
+    np.dtype(np.float16): onnx.TensorProto.FLOAT16,
+    np.dtype(np.uint8): onnx.TensorProto.UINT8,
+}
+_PAGE = 4096
+_ALIGNMENT = 64
+
+
+class _Output(Protocol):
+    def write(self, data: bytes | memoryview, /) -> int: ...
+    def tell(self) -> int: ...
+
+
+class ExternalData:
+    """The data file of a model: tensors are appended as they come, and each leaves an initializer that points to it.
+
+    Args:
+        file: open for sequential binary writing.
+        location: the name that the model file calls it by.
+    """
+
+    def __init__(self, file: _Output, location: str) -> None:
+        self._file = file
+        self._location = location
+        self.initializers: list[onnx.TensorProto] = []
+
+    def add(self, name: str, array: npt.NDArray[np.generic]) -> None:
+        self.add_chunks(name, array.dtype, array.shape, [array])
+
+    def add_chunks(
+        self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...], chunks: Iterable[npt.NDArray[np.generic]]
+    ) -> None:
+        """Append one tensor whose bytes are those of `chunks` in order."""
+        dtype = np.dtype(dtype)
+        nbytes = dtype.itemsize * int(np.prod(shape))
+        # Large tensors start on a page, so that a loader can map them.
+        self._file.write(bytes(-self._file.tell() % (_PAGE if nbytes >= _PAGE else _ALIGNMENT)))
+        start = self._file.tell()
+        for chunk in chunks:
+            self._file.write(_bytes(chunk, dtype))
+        assert self._file.tell() - start == nbytes, f"{name}: {self._file.tell() - start} bytes for {nbytes}"
+        tensor = onnx.TensorProto(name=name, data_type=_TYPES[dtype], dims=shape)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", self._location), ("offset", str(start)), ("length", str(nbytes))):
+            tensor.external_data.add(key=key, value=value)
+        self.initializers.append(tensor)
+
+
+def _bytes(chunk: npt.NDArray[np.generic], dtype: np.dtype[np.generic]) -> memoryview:
+    array: npt.NDArray[Any] = np.ascontiguousarray(chunk, dtype=dtype)
+    if sys.byteorder == "big":  # ONNX data is little-endian
+        array = array.byteswap()
+    return memoryview(array.reshape(-1)).cast("B")

@@ -1,0 +1,184 @@
+"""What an export will do, decided and checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from crayon_export import architecture, hub, lora
+from crayon_export.checkpoint import Checkpoint
+from crayon_export.golden import TEXTS
+from crayon_export.quantize import GROUP_SIZES, Blockwise
+from crayon_runtime.errors import AdapterError, InvalidInput, UnsupportedModel
+from crayon_runtime.manifest import LINEARS, Architecture
+
+DEFAULT_GROUP_SIZE = 32
+"""Our choice: the table of `make bench` shows what larger groups cost on real weights, and what they gain in speed."""
+
+_BITS = {"int4": 4, "int8": 8}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportPlan:
+    """Everything `export` has decided. `describe` is what `--dry-run` prints."""
+
+    name: str
+    backend: str
+    checkpoint: Checkpoint
+    architecture: Architecture
+    tokenizer: Path
+    quantize: str
+    group_size: int
+    embedding: str
+    context_length: int
+    kv_dtype: str
+    adapters: list[lora.PeftAdapter]
+    merged: lora.PeftAdapter | None
+    slots: list[str]
+    tap_layer: int
+    golden_texts: Sequence[tuple[str, str]]
+
+    @property
+    def blockwise(self) -> Blockwise | None:
+        """The format of the linear layers; None: float32."""
+        return None if self.quantize == "none" else Blockwise(_BITS[self.quantize], self.group_size)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of float32 weight that the export handles: what its progress is measured in."""
+        a = self.architecture
+        tied = a.vocab_size * a.hidden_size if a.tied_embeddings else 0
+        elements = tied
+        for t in architecture.tensors(a):
+            size = 1
+            for n in t.shape:
+                size *= n
+            elements += size
+        return 4 * elements
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "model": self.name,
+            "source": str(self.checkpoint.path),
+            "backend": self.backend,
+            "architecture": msgspec.to_builtins(self.architecture),
+            "quantization": {"weights": self.quantize, "group_size": self.group_size, "embedding": self.embedding},
+            "context_length": self.context_length,
+            "kv_dtype": self.kv_dtype,
+            "tokenizer": str(self.tokenizer),
+            "adapters": [a.name for a in self.adapters],
+            "merged": self.merged.name if self.merged else None,
+            "adapter_slots": self.slots,
+            "tap_layer": self.tap_layer,
+        }
+
+
+def plan(
+    model: str | Path,
+    *,
+    backend: str = "onnx",
+    quantize: str = "int4",
+    group_size: int | None = None,
+    context_length: int | None = None,
+    kv_dtype: str = "fp32",
+    adapters: Sequence[str | Path] = (),
+    merge: bool = False,
+    adapter_slots: bool = True,
+    tap_layer: int | None = None,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    golden_texts: Sequence[tuple[str, str]] = TEXTS,
+) -> ExportPlan:
+    """Read what an export needs to know, without touching a weight.
+
+    Args:
+        model: a folder with config.json and weights, or a Hub id.
+        quantize: "int4", "int8" or "none" (float32).
+        group_size: input columns that share a scale; None: `DEFAULT_GROUP_SIZE`.
+        context_length: tokens that the KV cache holds; None: what the model was trained on, at most 2048.
+        kv_dtype: "fp32" or "fp16".
+        adapters: PEFT folders. They travel inside the bundle, or with `merge` (one only) are added into the weights.
+        adapter_slots: whether adapters can be attached at all; a graph without slots is 2-3 % faster.
+        tap_layer: index into transformers' `hidden_states`; None: after the last norm.
+        tokenizer: a folder or file to use instead of the model's own.
+        golden_texts: (prompt, continuation) pairs to record.
+
+    Raises:
+        CheckpointError, UnsupportedModel, AdapterError, InvalidInput: with the reason.
+    """
+    if backend != "onnx":
+        raise InvalidInput(f"there is no exporter for {backend!r}", do="use --backend onnx")
+    if quantize not in (*_BITS, "none"):
+        raise InvalidInput(f"quantize is {quantize!r}, not int4, int8 or none")
+    group_size = DEFAULT_GROUP_SIZE if group_size is None else group_size
+    if group_size not in GROUP_SIZES:
+        raise InvalidInput(f"the group size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
+    if kv_dtype not in ("fp32", "fp16"):
+        raise InvalidInput(f"a {kv_dtype} KV cache is not available with the onnx backend", do="use fp32 or fp16")
+
+    folder = hub.fetch(str(model), revision=revision, token=token)
+    checkpoint = Checkpoint.open(folder)
+    a = architecture.read(checkpoint.config, where=folder / "config.json", context_length=context_length)
+    checkpoint.check(a)
+    context_length = _context(a, context_length)
+    if tap_layer is not None and not 0 <= tap_layer <= a.layers:
+        raise InvalidInput(f"tap layer {tap_layer} is not one of 0 to {a.layers}")
+
+    opened = [lora.PeftAdapter.open(Path(p)) for p in adapters]
+    for adapter in opened:
+        lora.check(adapter, a)
+    _distinct([adapter.name for adapter in opened])
+    if merge and len(opened) != 1:
+        raise InvalidInput(f"--merge takes exactly one adapter, not {len(opened)}")
+    if opened and not merge and not adapter_slots:
+        raise InvalidInput("adapters beside a graph without adapter slots", do="use --merge, or keep the slots")
+    return ExportPlan(
+        name=_bundle_name(folder),
+        backend=backend,
+        checkpoint=checkpoint,
+        architecture=a,
+        tokenizer=Path(tokenizer) if tokenizer else folder,
+        quantize=quantize,
+        group_size=0 if quantize == "none" else group_size,
+        embedding="fp32" if quantize == "none" else "fp16",
+        context_length=context_length,
+        kv_dtype=kv_dtype,
+        adapters=[] if merge else opened,
+        merged=opened[0] if merge else None,
+        slots=[] if merge or not adapter_slots else list(LINEARS),
+        tap_layer=a.layers if tap_layer is None else tap_layer,
+        golden_texts=golden_texts,
+    )
+
+
+_DEFAULT_CONTEXT = 2048
+
+
+def _context(a: Architecture, wanted: int | None) -> int:
+    if wanted is None:
+        return min(a.trained_context_length, _DEFAULT_CONTEXT)
+    if wanted < 1:
+        raise InvalidInput(f"the context length is {wanted}")
+    if wanted > a.trained_context_length:
+        raise UnsupportedModel(
+            f"a context of {wanted} tokens is more than the {a.trained_context_length} that the model was trained on",
+            do=f"use --context-length {a.trained_context_length} or less",
+        )
+    return wanted
+
+
+def _distinct(names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise AdapterError(f"two adapters are called {name!r}", do="rename one of their folders")
+
+
+def _bundle_name(folder: Path) -> str:
+    """The folder's name, in the characters that a manifest allows."""
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in folder.resolve().name)
+    return name.lstrip("._-")[:128] or "model"

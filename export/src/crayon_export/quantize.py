@@ -1,0 +1,80 @@
+"""Group-wise symmetric quantization of weight matrices, in the layout of ONNX Runtime's MatMulNBits.
+
+A row of a weight matrix [out, in] is cut into groups of `group_size` input columns. Each group has one float32 scale,
+
+    scale = m / -2^(bits-1),   m = the element of the group with the largest magnitude, with its sign
+    code  = clip(round(w * (1 / scale) + 2^(bits-1)), 0, 2^bits - 1)      halves up
+    w'    = (code - 2^(bits-1)) * scale
+
+so that m itself is represented exactly and one more level is used than with absmax / (2^(bits-1) - 1). The same rule as
+`quantize_matmul_4bits` of ONNX Runtime and Q4_0 of llama.cpp, and equal to the former byte for byte. A last group that the width
+does not fill is padded with zeros.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+GROUP_SIZES = (16, 32, 64, 128, 256)
+
+
+class Quantized(NamedTuple):
+    """Some rows of a quantized matrix."""
+
+    codes: Bytes
+    """uint8 [n, groups, group_size * bits / 8]: two 4-bit codes a byte, the lower half first; or one 8-bit code."""
+    scales: Floats
+    """float32 [n, groups]"""
+
+
+class Blockwise(NamedTuple):
+    """A format: how many bits a weight has, and how many weights share a scale."""
+
+    bits: int
+    group_size: int
+
+    def groups(self, width: int) -> int:
+        return -(-width // self.group_size)
+
+    def nbytes(self, rows: int, width: int) -> int:
+        """Bytes of a quantized [rows, width] matrix, scales included."""
+        return rows * self.groups(width) * (self.group_size * self.bits // 8 + 4)
+
+    def quantize(self, weights: Floats) -> Quantized:
+        """Quantize float32 [n, in] rows."""
+        grouped = self._grouped(weights)
+        half = np.float32(1 << (self.bits - 1))
+        largest, smallest = grouped.max(axis=2), grouped.min(axis=2)
+        scales = np.where(largest > -smallest, largest, smallest) / -half
+        reciprocal = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
+        codes = grouped * reciprocal[..., None]
+        codes += half
+        codes += np.float32(0.5)
+        np.clip(codes, 0, 2 * half - 1, out=codes)
+        packed = codes.astype(np.uint8)  # truncates: halves were rounded up
+        if self.bits == 4:
+            packed = packed[..., ::2] | packed[..., 1::2] << 4
+        return Quantized(packed, scales)
+
+    def dequantize(self, q: Quantized, width: int) -> Floats:
+        """The float32 [n, width] rows that the codes stand for."""
+        codes = q.codes
+        if self.bits == 4:
+            codes = np.stack((codes & 15, codes >> 4), axis=-1).reshape(*codes.shape[:2], -1)
+        values = codes.astype(np.float32)
+        values -= 1 << (self.bits - 1)
+        values *= q.scales[..., None]
+        return np.ascontiguousarray(values.reshape(len(values), -1)[:, :width])
+
+    def _grouped(self, weights: Floats) -> Floats:
+        n, width = weights.shape
+        groups = self.groups(width)
+        if width % self.group_size:
+            weights = np.pad(weights, ((0, 0), (0, groups * self.group_size - width)))
+        return weights.reshape(n, groups, self.group_size)

@@ -1,0 +1,247 @@
+"""crayon run, chat."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from crayon_runtime.cli.common import PATH, json_option, note, print_json
+from crayon_runtime.errors import CrayonError, InvalidInput
+
+if TYPE_CHECKING:
+    from crayon_runtime.engine import Engine
+    from crayon_runtime.generation import Generation
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+
+HELP = """\
+/adapter         list the adapters
+/adapter NAME    answer with this adapter from now on: one inside the bundle, or a path; "none" is the base model
+/reset           forget the conversation
+/help            this list
+/exit            leave; Ctrl-D does the same, and Ctrl-C stops an answer"""
+
+
+def engine_options(command: Command) -> Command:
+    """What to load, and how to sample: the options that `run` and `chat` share."""
+    options = [
+        click.option("--adapter", help="Answer with this adapter: the name of one inside the bundle, or a path."),
+        click.option("--backend", default="auto", show_default=True, help="What computes."),
+        click.option(
+            "--threads", type=click.IntRange(min=1), help="Cores to compute on.  [default: all physical ones]"
+        ),
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+        click.option("--top-k", type=int, default=0, show_default=True, help="Only the K likeliest tokens; 0: all."),
+        click.option("--top-p", type=float, default=1.0, show_default=True, help="Only tokens that together have P."),
+        click.option(
+            "--min-p", type=float, default=0.0, show_default=True, help="Only tokens with P of the best one's."
+        ),
+        click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: less of it."),
+        click.option("--seed", type=int, help="The same seed gives the same answer."),
+        click.option("--stop", multiple=True, help="End the answer before this text. May be repeated."),
+        click.option("--max-new-tokens", type=int, default=256, show_default=True),
+        click.option(
+            "--overflow",
+            type=click.Choice(["error", "slide"]),
+            default="error",
+            show_default=True,
+            help="When the context is full: end there, or forget the older half.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.argument("prompt")
+@engine_options
+@json_option
+def run(
+    bundle: Path, prompt: str, adapter: str | None, backend: str, threads: int | None, as_json: bool, **options: Any
+) -> None:
+    """Answer one prompt.
+
+    The model continues PROMPT as it is, without a chat template; "-" reads it from stdin, as UTF-8. The answer goes to stdout
+    while it is made, a line about its speed to stderr.
+    """
+    text = _stdin() if prompt == "-" else prompt
+    with _load(bundle, backend, threads, adapter) as engine:
+        generation = _answer(engine, text, options, show=not as_json)
+        if as_json:
+            print_json({**_facts(generation), "adapter": engine.adapter, "backend": engine.backend.name})
+    if generation.finish_reason == "cancelled":
+        click.get_current_context().exit(INTERRUPTED)
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@engine_options
+def chat(bundle: Path, adapter: str | None, backend: str, threads: int | None, **options: Any) -> None:
+    """Talk to a model.
+
+    What was said stays in the KV cache, so only the new turn is computed. /help lists the commands.
+    """
+    with _load(bundle, backend, threads, adapter) as engine, engine.session() as session:
+        note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+        if not engine.tokenizer.has_chat_template:
+            note("this bundle has no chat template: each line is a prompt of its own, and is completed as it is")
+        messages: list[dict[str, str]] = []
+        for line in _lines():
+            try:
+                if line.startswith("/"):
+                    if not _command(engine, line, messages):
+                        break
+                else:
+                    _turn(engine, line, messages, {**options, "session": session})
+            except CrayonError as e:
+                note(str(e))
+
+
+def _turn(engine: Engine, line: str, messages: list[dict[str, str]], options: dict[str, Any]) -> None:
+    """Answer one line; both join the conversation when the answer is there."""
+    if not engine.tokenizer.has_chat_template:
+        _answer(engine, line, options, show=True)
+        return
+    question = {"role": "user", "content": line}
+    ids = engine.tokenizer.apply_chat_template([*messages, question])
+    generation = _answer(engine, ids, options, show=True)
+    messages += [question, {"role": "assistant", "content": generation.text}]
+
+
+def _command(engine: Engine, line: str, messages: list[dict[str, str]]) -> bool:
+    """Obey a line that starts with a slash; False: leave."""
+    verb, _, argument = line.partition(" ")
+    argument = argument.strip()
+    if verb == "/exit":
+        return False
+    if verb == "/reset":
+        messages.clear()
+        note("the conversation is forgotten")
+    elif verb == "/adapter":
+        if argument:
+            engine.set_adapter(None if argument == "none" else argument)
+        names = engine.bundle.adapter_names if engine.bundle else []
+        note(f"adapter: {engine.adapter or 'none'}; in the bundle: {', '.join(names) or 'none'}")
+    elif verb == "/help":
+        note(HELP)
+    else:
+        note(f"there is no command {verb}\n{HELP}")
+    return True
+
+
+def _load(bundle: Path, backend: str, threads: int | None, adapter: str | None) -> Engine:
+    from crayon_runtime.engine import Engine
+
+    engine = Engine.load(bundle, backend=backend, threads=threads)
+    try:
+        if adapter is not None:
+            engine.set_adapter(adapter)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _answer(engine: Engine, prompt: str | Sequence[int], options: dict[str, Any], *, show: bool) -> Generation:
+    """Stream an answer to stdout, and its speed to stderr. Ctrl-C ends it early."""
+    with _ctrl_c() as cancel, engine.stream(prompt, **options, cancel=cancel) as stream:
+        for piece in stream:
+            if show and piece.text:
+                click.echo(piece.text, nl=False)
+                sys.stdout.flush()
+    if show:
+        click.echo()
+    note(_speed(stream.generation))
+    return stream.generation
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets; a second Ctrl-C interrupts as ever."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+
+    def press(*_: object) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _lines() -> Iterator[str]:
+    """The lines that a person types, without the empty ones, until end of file."""
+    typed = sys.stdin.isatty()
+    if typed:
+        with suppress(ImportError):
+            import readline  # noqa: F401, gives input() editing and a history
+    while True:
+        try:
+            line = input("> " if typed else "").strip()
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:
+            note("\n/exit or Ctrl-D leaves")
+            continue
+        except UnicodeDecodeError as e:
+            note(f"not UTF-8: {e}")
+            continue
+        if line:
+            yield line
+
+
+def _stdin() -> str:
+    data = sys.stdin.buffer.read()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as e:
+        raise InvalidInput(
+            f"not UTF-8: byte {e.start} is 0x{data[e.start]:02X}", where="stdin", do="convert the text to UTF-8 first"
+        ) from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _speed(g: Generation) -> str:
+    end = f"stopped at {g.stop!r}" if g.stop else g.finish_reason
+    reused = f", {g.reused_tokens} of them in the cache" if g.reused_tokens else ""
+    return (
+        f"prompt: {g.prompt_tokens} tokens{reused}, {g.prompt_tokens_per_second:.1f} tokens/s; "
+        f"first token after {g.first_token_seconds * 1000:.0f} ms; "
+        f"answer: {g.generated_tokens} tokens, {g.decode_tokens_per_second:.1f} tokens/s, {end}"
+    )
+
+
+def _facts(g: Generation) -> dict[str, Any]:
+    return {
+        "text": g.text,
+        "token_ids": g.token_ids,
+        "log_probabilities": g.log_probabilities,
+        "finish_reason": g.finish_reason,
+        "stop": g.stop,
+        "prompt_tokens": g.prompt_tokens,
+        "reused_tokens": g.reused_tokens,
+        "generated_tokens": g.generated_tokens,
+        "prompt_seconds": g.prompt_seconds,
+        "first_token_seconds": g.first_token_seconds,
+        "decode_seconds": g.decode_seconds,
+        "prompt_tokens_per_second": g.prompt_tokens_per_second,
+        "decode_tokens_per_second": g.decode_tokens_per_second,
+    }

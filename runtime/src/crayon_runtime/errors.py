@@ -1,0 +1,120 @@
+"""Every error that the public API raises, as one tree.
+
+    CrayonError
+    ├── BundleError            a bundle cannot be used
+    │   ├── ManifestError      manifest.json is missing, malformed or contradicts itself
+    │   ├── SchemaTooNew       the bundle was written by a newer major version
+    │   ├── IntegrityError     a file's size or hash is not what the manifest says
+    │   └── GoldenMismatch     the model runs, but not as its golden cases say
+    ├── CheckpointError        a source model or adapter cannot be read, or lies about itself
+    ├── UnsupportedModel       readable, but something in it is not supported; it is named
+    ├── AdapterError           an adapter does not fit the base it is offered to
+    ├── InvalidInput           a prompt, option or token id that cannot be served
+    │   └── ContextOverflow    more tokens than the context holds
+    ├── BackendError           the inference backend failed or is not installed
+    ├── EngineClosed           used after `close()`
+    ├── MissingExtra           an optional part of the package is not installed
+    └── OutputError            a result could not be written (disk full, target exists)
+
+Each carries what is wrong, where, and what to do about it, and prints as one paragraph:
+
+    layer 3 has no tensor model.layers.3.mlp.up_proj.weight
+      where: model-00002-of-00003.safetensors
+      do:    download the checkpoint again; the index names this file for it
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+
+
+class CrayonError(Exception):
+    """Base of the tree.
+
+    Args:
+        what: what is wrong, in a sentence without a full stop.
+        where: the file, field or option concerned.
+        do: what the reader can do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | PathLike[str] | None = None, do: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.do = do
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.do:
+            lines.append(f"  do:    {self.do}")
+        return "\n".join(lines)
+
+
+class BundleError(CrayonError):
+    """A bundle cannot be used."""
+
+
+class ManifestError(BundleError):
+    """manifest.json is missing, malformed or contradicts itself."""
+
+
+class SchemaTooNew(BundleError):
+    """The bundle was written by a newer major version of the schema."""
+
+
+class IntegrityError(BundleError):
+    """A file's size or hash is not what the manifest says."""
+
+
+class GoldenMismatch(BundleError):
+    """The model runs, but its outputs are outside the tolerance of its golden cases."""
+
+
+class CheckpointError(CrayonError):
+    """A source model or adapter cannot be read, or lies about itself."""
+
+
+class UnsupportedModel(CrayonError):
+    """The source is readable, but uses something that is not supported; the message names it."""
+
+
+class AdapterError(CrayonError):
+    """An adapter does not fit the base model it is offered to."""
+
+
+class InvalidInput(CrayonError):
+    """A prompt, an option or a token id that cannot be served."""
+
+
+class ContextOverflow(InvalidInput):
+    """More tokens than the context holds."""
+
+
+class BackendError(CrayonError):
+    """The inference backend failed, or is not installed."""
+
+
+class EngineClosed(CrayonError):
+    """The engine was used after `close()`."""
+
+
+class MissingExtra(CrayonError):
+    """An optional part of the package is not installed.
+
+    Args:
+        extra: the extra of the distribution that provides it.
+        needed_for: what asked for it.
+    """
+
+    def __init__(self, extra: str, needed_for: str) -> None:
+        super().__init__(
+            f"{needed_for} needs the {extra!r} extra, which is not installed",
+            do=f"pip install 'crayon-edge[{extra}]'",
+        )
+        self.extra = extra
+
+
+class OutputError(CrayonError):
+    """A result could not be written: the disk is full, the target exists, or is not writable."""

@@ -1,0 +1,316 @@
+"""manifest.json: what a bundle says about itself, and the only thing that every part of the project agrees on.
+
+The structs below are the schema. `manifest.schema.json` beside this file is generated from them (`python -m
+crayon_runtime.manifest`) for readers in other languages; a test holds the two together.
+
+Versions: `schema_version` is "MAJOR.MINOR". A reader refuses a larger major version, and ignores fields it does not know, so a
+minor version may add fields. Whoever rewrites a manifest edits the parsed JSON, not these structs, so that unknown fields stay.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from crayon_runtime.errors import ManifestError, SchemaTooNew
+
+SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
+SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
+
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$", description="SHA-256, lower-case hex")]
+Count = Annotated[int, Meta(ge=1)]
+Size = Annotated[int, Meta(ge=0, description="bytes")]
+Path = Annotated[str, Meta(min_length=1, description="relative to the bundle, with forward slashes and without '..'")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+TokenId = Annotated[int, Meta(ge=0)]
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a block that an adapter may target, in the order of computation."""
+
+
+class File(Struct, frozen=True):
+    path: Path
+    size: Size
+    sha256: Sha256
+
+
+class Producer(Struct, frozen=True):
+    name: str
+    version: str
+
+
+class Rope(Struct, frozen=True):
+    """Rotary position embedding, in the terms of a transformers config."""
+
+    theta: Annotated[float, Meta(gt=0)]
+    type: Literal["default", "linear", "llama3"] = "default"
+    factor: float | UnsetType = UNSET
+    low_freq_factor: float | UnsetType = UNSET
+    high_freq_factor: float | UnsetType = UNSET
+    original_context_length: Count | UnsetType = UNSET
+
+
+class Architecture(Struct, frozen=True):
+    """The shape of a LLaMA-style decoder."""
+
+    model_type: str
+    layers: Count
+    hidden_size: Count
+    heads: Count
+    kv_heads: Count
+    head_size: Count
+    ffn_size: Count
+    vocab_size: Count
+    tied_embeddings: bool
+    norm_eps: float
+    rope: Rope
+    trained_context_length: Count
+
+
+class Quantization(Struct, frozen=True):
+    """How the weights of the linear layers are stored. Symmetric; one scale per group of input columns of a row."""
+
+    weights: Literal["int4", "int8", "none"]
+    group_size: Annotated[int, Meta(ge=0, description="0: not quantized")]
+    embedding: Literal["fp32", "fp16", "int8", "int4"]
+
+
+class Tokenizer(Struct, frozen=True):
+    file: Path
+    vocab_size: Count
+    add_bos: Annotated[bool, Meta(description="every sequence starts with the bos token")]
+    bos: TokenId | None
+    eos: Annotated[list[TokenId], Meta(description="tokens that end an answer")]
+    pad: TokenId | None = None
+    chat_template: Annotated[
+        str | None, Meta(description="Jinja, in the conventions of transformers' apply_chat_template")
+    ] = None
+
+
+class OnnxVariant(Struct, frozen=True):
+    """A graph for ONNX Runtime: inputs and outputs as onnxruntime-genai names them, and the taps."""
+
+    model: Path
+    data: list[Path]
+
+
+class ExecutorchVariant(Struct, frozen=True):
+    """A program for ExecuTorch, with its weights."""
+
+    program: Path
+    data: list[Path]
+
+
+class Variants(Struct, frozen=True, omit_defaults=True):
+    """The same model for each backend that the bundle serves."""
+
+    onnx: OnnxVariant | UnsetType = UNSET
+    executorch: ExecutorchVariant | UnsetType = UNSET
+
+
+class AdapterSlots(Struct, frozen=True):
+    """Where a LoRA may be attached while the model runs."""
+
+    targets: Annotated[list[str], Meta(description="names of linear layers, as q_proj")]
+    rank_limit: Annotated[int | None, Meta(description="null: any rank")]
+    scale_folded_into: Annotated[Literal["B"], Meta(description="the factor alpha/r is part of the stored B")] = "B"
+
+
+class Tap(Struct, frozen=True):
+    """The hidden state that the model returns beside its logits, for embeddings and routing."""
+
+    layer: Annotated[
+        int,
+        Meta(ge=0, description="index into transformers' hidden_states: 0 the embedding, `layers` after the last norm"),
+    ]
+    size: Count
+
+
+class Golden(Struct, frozen=True):
+    """Recorded cases: `cases` is JSON, `tensors` is safetensors; docs/bundle.md says what is in them."""
+
+    cases: Path
+    tensors: Path
+
+
+class Merged(Struct, frozen=True):
+    """An adapter that was added into the weights before quantization."""
+
+    name: Name
+    sha256: Annotated[Sha256, Meta(description="of the adapter's safetensors file")]
+
+
+class ModelManifest(Struct, frozen=True, kw_only=True, tag_field="kind", tag="model"):
+    schema_version: str
+    name: Name
+    base_fingerprint: Annotated[
+        Sha256, Meta(description="over the sorted lines 'name dtype shape sha256(bytes)' of the source tensors")
+    ]
+    producer: Producer
+    architecture: Architecture
+    quantization: Quantization
+    context_length: Count
+    kv_dtype: Literal["fp32", "fp16", "int8"]
+    tokenizer: Tokenizer
+    variants: Variants
+    adapter_slots: Annotated[AdapterSlots | None, Meta(description="null: adapters cannot be attached")]
+    tap: Tap
+    golden: Golden | None
+    merged: list[Merged] = []
+    adapters: Annotated[list[Path], Meta(description="folders of adapter bundles that travel inside this one")] = []
+    files: list[File]
+
+
+class AdapterTarget(Struct, frozen=True):
+    """One linear layer that the adapter changes."""
+
+    module: Annotated[str, Meta(description="as model.layers.0.self_attn.q_proj")]
+    rank: Count
+
+
+class OnnxAdapterVariant(Struct, frozen=True):
+    file: Annotated[
+        Path,
+        Meta(description=".onnx_adapter: MODULE.lora_A.weight [in, r], MODULE.lora_B.weight [r, out], alpha/r in B"),
+    ]
+
+
+class AdapterVariants(Struct, frozen=True, omit_defaults=True):
+    onnx: OnnxAdapterVariant | UnsetType = UNSET
+
+
+class AdapterManifest(Struct, frozen=True, kw_only=True, tag_field="kind", tag="adapter"):
+    schema_version: str
+    name: Name
+    base_fingerprint: Annotated[Sha256, Meta(description="of the only base that this adapter fits")]
+    producer: Producer
+    targets: list[AdapterTarget]
+    variants: AdapterVariants
+    files: list[File]
+
+
+Manifest = ModelManifest | AdapterManifest
+
+
+def parse(document: bytes, *, where: str = "manifest.json") -> Manifest:
+    """Read a manifest, and check everything about it that can be checked without its files.
+
+    Raises:
+        SchemaTooNew: its major version is larger than ours.
+        ManifestError: it is not JSON, breaks the schema, or names a path that it must not.
+    """
+    try:
+        raw = json.loads(document)
+    except (ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
+        raise ManifestError(f"not JSON: {e}", where=where, do="fetch or export the bundle again") from None
+    _check_version(raw, where)
+    try:
+        manifest: Manifest = msgspec.convert(raw, Manifest)  # type: ignore[arg-type]  # a union is no class
+    except msgspec.ValidationError as e:
+        raise ManifestError(str(e), where=where, do="see manifest.schema.json") from None
+    _check_paths(manifest, where)
+    return manifest
+
+
+def to_json(manifest: Manifest) -> bytes:
+    """The bytes of a manifest.json: indented, UTF-8, ending in a newline."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a manifest (draft 2020-12)."""
+    (reference,), definitions = msgspec.json.schema_components([Manifest], ref_template="#/$defs/{name}")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"crayon bundle manifest, schema version {SCHEMA_VERSION}",
+        **reference,
+        "$defs": definitions,
+    }
+
+
+def _check_version(raw: Any, where: str) -> None:
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", version) if isinstance(version, str) else None
+    if match is None:
+        raise ManifestError("it has no schema_version of the form MAJOR.MINOR", where=where)
+    if int(match[1]) > SCHEMA_MAJOR:
+        raise SchemaTooNew(
+            f"the bundle has schema version {version}; this crayon reads up to {SCHEMA_MAJOR}.x",
+            where=where,
+            do="upgrade crayon-edge on this device, or export the bundle with an older one",
+        )
+
+
+def _check_paths(manifest: Manifest, where: str) -> None:
+    listed = [f.path for f in manifest.files]
+    for path in listed:
+        check_relative(path, where)
+    if len(set(map(str.casefold, listed))) != len(listed):
+        raise ManifestError("two entries of `files` have the same path", where=where)
+    folders = {str(folder) for path in listed for folder in PurePosixPath(path).parents}
+    for path in sorted(folders & set(listed)):
+        raise ManifestError(f"{path!r} in `files` is both a file and a folder", where=where)
+    for path in sorted(_referenced(manifest) - set(listed)):
+        raise ManifestError(f"it refers to {path!r}, which `files` does not list", where=where)
+    if isinstance(manifest, ModelManifest):
+        for folder in manifest.adapters:
+            check_relative(folder, where)
+            if f"{folder}/manifest.json" not in listed:
+                raise ManifestError(f"the adapter folder {folder!r} has no manifest in `files`", where=where)
+        if len({PurePosixPath(folder).name.casefold() for folder in manifest.adapters}) != len(manifest.adapters):
+            raise ManifestError("two folders in `adapters` have the same name", where=where)
+        a, t = manifest.architecture, manifest.tap
+        if t.layer > a.layers or t.size != a.hidden_size:
+            raise ManifestError(
+                f"tap layer {t.layer} of width {t.size} does not exist in {a.layers} layers of {a.hidden_size}",
+                where=where,
+            )
+
+
+def check_relative(path: str, where: str) -> None:
+    """Refuse any path that could leave the bundle's folder, on any operating system."""
+    parts = PurePosixPath(path).parts
+    bad = (
+        path.startswith("/")
+        or re.search(r"[\x00-\x1f\x7f\\:\ud800-\udfff]", path) is not None
+        or ".." in parts
+        or path != str(PurePosixPath(path))
+        or path == "."
+        or path.casefold() == "manifest.json"
+        or parts[-1].casefold() == ".installed.json"
+    )
+    if bad:
+        raise ManifestError(
+            f"the path {path!r} is not a plain relative path inside the bundle",
+            where=where,
+            do="do not use this bundle; whoever made it is broken or hostile",
+        )
+
+
+def _referenced(manifest: Manifest) -> set[str]:
+    """Every file that the manifest points to outside `files`."""
+    found: list[str] = []
+    if isinstance(manifest, AdapterManifest):
+        adapter = manifest.variants.onnx
+        found += [adapter.file] if isinstance(adapter, OnnxAdapterVariant) else []
+    else:
+        v = manifest.variants
+        if isinstance(v.onnx, OnnxVariant):
+            found += [v.onnx.model, *v.onnx.data]
+        if isinstance(v.executorch, ExecutorchVariant):
+            found += [v.executorch.program, *v.executorch.data]
+        found.append(manifest.tokenizer.file)
+        if manifest.golden:
+            found += [manifest.golden.cases, manifest.golden.tensors]
+    return set(found)
+
+
+if __name__ == "__main__":
+    from pathlib import Path as _Path
+
+    _Path(__file__).with_name("manifest.schema.json").write_text(json.dumps(schema(), indent=1) + "\n")

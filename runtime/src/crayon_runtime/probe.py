@@ -1,0 +1,52 @@
+"""How fast this machine reads memory, which is what limits decoding: every token reads every weight once.
+
+The probe is the maximum over int32: vectorized on every platform that numpy knows, without the GIL, and as fast as the C
+library's `memchr` over the same bytes, so what it measures is memory.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from crayon_runtime.errors import InvalidInput
+
+_BUFFER = 1 << 30
+"""Bytes. Many times any cache; reading it again and again streams from memory as one longer read would."""
+
+_LEAST = 64 << 20
+"""Bytes of one repetition, so that starting the threads does not count."""
+
+_SMALLEST = 1 << 20
+"""Bytes of the buffer, so that calling numpy does not count."""
+
+
+def read_bandwidth(nbytes: int, threads: int, *, repetitions: int = 5) -> float:
+    """Bytes per second of a streaming read of `nbytes` by `threads` threads, median of the repetitions.
+
+    It takes as much memory, from 1 MiB to 1 GiB. What fits into a cache is read from there, as the weights of so small a model are.
+
+    Raises:
+        InvalidInput: a count that is not positive.
+    """
+    if min(nbytes, threads, repetitions) < 1:
+        raise InvalidInput(f"cannot read {nbytes} bytes with {threads} threads {repetitions} times")
+    size = min(max(nbytes, _SMALLEST), _BUFFER)
+    parts = np.array_split(np.ones(size // 4, np.int32), threads)
+    passes = -(-max(nbytes, _LEAST) // size)
+    with ThreadPoolExecutor(threads) as pool:
+        times = []
+        for _ in range(1 + repetitions):
+            start = time.perf_counter()
+            list(pool.map(_read, parts, [passes] * threads))
+            times.append(time.perf_counter() - start)
+    return passes * sum(part.nbytes for part in parts) / statistics.median(times[1:])
+
+
+def _read(part: npt.NDArray[np.int32], passes: int) -> None:
+    for _ in range(passes):
+        np.maximum.reduce(part)

@@ -1,0 +1,1 @@
+"""The server's side of Crayon: models, training, and the benchmark that they are judged on."""

@@ -1,0 +1,96 @@
+"""The server's verbs: `crayon model create`, `crayon model train`, `crayon demo`."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from crayon_runtime.cli.common import PATH, json_option, note, print_json, progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from crayon_server.training import OnStep
+
+
+@click.group()
+def model() -> None:
+    """Create or train the embedded models."""
+
+
+@model.command()
+@click.argument("arch")
+@click.option("--out", type=PATH, required=True, help="The Hugging Face folder to write.")
+@click.option("--pretrained", is_flag=True, help="The shipped weights instead of random ones (nano).")
+@click.option("--seed", default=0, show_default=True, help="Of the random weights.")
+@click.option("--force", is_flag=True, help="Replace the folder at --out.")
+def create(arch: str, out: Path, pretrained: bool, seed: int, force: bool) -> None:
+    """Write a model folder of ARCH (nano, nano-server) for transformers and `crayon export`."""
+    from crayon_server import models
+
+    with _quiet():
+        models.create(arch, out, pretrained=pretrained, seed=seed, replace=force)
+    click.echo(out)
+
+
+@model.command()
+@click.argument("arch")
+@click.option("--out", type=PATH, required=True, help="The Hugging Face folder to write.")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps.  [default: those of the shipped nano]")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--force", is_flag=True, help="Replace the folder at --out.")
+@json_option
+def train(arch: str, out: Path, steps: int | None, seed: int, threads: int | None, force: bool, as_json: bool) -> None:
+    """Pre-train ARCH (nano, nano-server) on the phone-assistant benchmark."""
+    from crayon_server.models.pretrain import STEPS, pretrain
+
+    steps = steps or STEPS
+    with _quiet(), _bar(f"training {arch}", steps) as on_step:
+        losses = pretrain(arch, out, steps=steps, seed=seed, threads=threads, on_step=on_step, replace=force)
+    last = losses[-100:]
+    loss = sum(last) / len(last)
+    if as_json:
+        print_json({"model": out, "steps": steps, "loss": loss})
+    else:
+        click.echo(f"loss {loss:.3f} nats per token, mean of the last {len(last)} steps\n{out}")
+
+
+@click.command()
+@click.option("--out", type=PATH, default=Path("demo"), show_default=True, help="The folder for bundle and report.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@json_option
+def demo(out: Path, threads: int | None, as_json: bool) -> None:
+    """Show the whole story on the embedded model; ends with an HTML report."""
+    from crayon_server.demo import run
+
+    with _quiet():
+        report = run(out, threads=threads, say=note)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        click.echo(f"{report.to_text()}\n\nreport: {(out / 'report.html').resolve()}")
+
+
+@contextmanager
+def _bar(title: str, steps: int) -> Iterator[OnStep]:
+    with progress(title, steps, unit="steps") as advance:
+        yield lambda _step, _loss: advance(1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own bars and warnings: they would break into ours."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Data sets that models and pools are trained and judged on."""

@@ -1,0 +1,272 @@
+"""One training loop, for pre-training the embedded models and for fine-tuning LoRAs.
+
+A text is a prompt and a completion. The loss is the mean cross-entropy of their tokens, those of the prompt weighted by
+`prompt_weight`: 0.2 in pre-training (so that the model also learns what is said), 0 for LoRAs. AdamW, linear warm-up, cosine decay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from crayon_runtime.errors import InvalidInput
+from crayon_runtime.files import atomic_directory
+from crayon_runtime.manifest import LINEARS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    import peft
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    OnStep = Callable[[int, float], None]
+    """Called with the number of steps done and the loss of the last."""
+
+FINAL_RATE = 0.05
+"""What the learning rate decays to, as a fraction of its peak."""
+
+
+class Text(Protocol):
+    """What a model is trained on."""
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def completion(self) -> str: ...
+
+
+class Tokens(NamedTuple):
+    """A tokenized text: bos, prompt, completion, eos; or several such exchanges in a row."""
+
+    ids: list[int]
+    in_completion: list[bool]
+    """Whether the token is part of a completion (eos is)."""
+
+
+class Batch(NamedTuple):
+    """Padded texts, all tensors [B, T]."""
+
+    ids: torch.Tensor
+    """int64"""
+    weights: torch.Tensor
+    """float32: of the loss at each token; 0 for padding and for the first token."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train.
+
+    Attributes:
+        steps: optimizer steps.
+        learning_rate: the peak, reached after `warmup` steps; it decays to `FINAL_RATE` of that.
+        prompt_weight: of a prompt token's loss, where a completion token's is 1.
+        threads: of torch; None leaves its default.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup: int = 20
+    prompt_weight: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    seed: int = 0
+    threads: int | None = None
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tokens:
+    prompt = tokenizer(text.prompt, add_special_tokens=True)["input_ids"]
+    completion = tokenizer(text.completion, add_special_tokens=False)["input_ids"]
+    ids = [*prompt, *completion, tokenizer.eos_token_id]
+    return Tokens(ids, [False] * len(prompt) + [True] * (len(ids) - len(prompt)))
+
+
+def join(exchanges: Iterable[Tokens]) -> Tokens:
+    """Several exchanges as one text, as in a conversation."""
+    parts = list(exchanges)
+    return Tokens([i for part in parts for i in part.ids], [c for part in parts for c in part.in_completion])
+
+
+def collate(texts: Sequence[Tokens], pad_id: int, prompt_weight: float) -> Batch:
+    """Pad texts on the right to the longest of them."""
+    import torch
+
+    ids = torch.full((len(texts), max(len(text.ids) for text in texts)), pad_id, dtype=torch.int64)
+    weights = torch.zeros(ids.shape)
+    for row, text in enumerate(texts):
+        n = len(text.ids)
+        ids[row, :n] = torch.tensor(text.ids)
+        weights[row, :n] = torch.where(torch.tensor(text.in_completion), 1.0, prompt_weight)
+    weights[:, 0] = 0
+    return Batch(ids, weights)
+
+
+def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy of every token but the first, given those before it: float32 [B, T - 1], in nats."""
+    import torch.nn.functional as F  # noqa: N812 - everyone's name for it
+
+    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
+    targets = batch.ids[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+
+
+def epochs(texts: Sequence[Tokens], batch_size: int, seed: int) -> Iterator[list[Tokens]]:
+    """Batches without end, every text once before any comes again."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while True:
+        while len(order) < batch_size:
+            order += torch.randperm(len(texts), generator=generator).tolist()
+        yield [texts[i] for i in order[:batch_size]]
+        del order[:batch_size]
+
+
+def train(
+    model: torch.nn.Module,
+    batches: Iterator[Sequence[Tokens]],
+    options: Options,
+    *,
+    pad_id: int,
+    on_step: OnStep | None = None,
+) -> list[float]:
+    """Train the parameters that require gradients, in place.
+
+    Args:
+        batches: at least `options.steps` of them.
+        on_step: called after every step.
+
+    Returns:
+        The loss of each step, in nats per weighted token.
+    """
+    import torch
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, options))
+    losses: list[float] = []
+    model.train()
+    with _threads(options.threads):
+        for step in range(options.steps):
+            batch = collate(next(batches), pad_id, options.prompt_weight)
+            weights = batch.weights[:, 1:]
+            loss = (token_losses(model, batch) * weights).sum() / weights.sum()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(parameters, options.clip)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            if on_step:
+                on_step(step + 1, losses[-1])
+    model.eval()
+    return losses
+
+
+def rate(step: int, options: Options) -> float:
+    """The learning rate of a step, as a fraction of its peak."""
+    warmup = min(1.0, (step + 1) / options.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / options.steps))
+    return warmup * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
+
+
+def train_lora(
+    model_dir: Path,
+    texts: Sequence[Text],
+    out: Path,
+    *,
+    rank: int = 4,
+    alpha: int = 8,
+    steps: int = 200,
+    batch_size: int = 32,
+    learning_rate: float = 8e-3,
+    seed: int = 0,
+    threads: int | None = None,
+    on_step: OnStep | None = None,
+    replace: bool = False,
+) -> list[float]:
+    """Fine-tune a LoRA on all seven linears of every block, and write it as a PEFT directory.
+
+    The loss is that of the completions alone. The safetensors metadata has the `base_fingerprint` that binds the adapter to its base.
+
+    Args:
+        model_dir: the base, a Hugging Face folder; it stays as it is.
+        out: the new PEFT directory; its name is the adapter's name.
+        rank, alpha: the adapter adds (alpha / rank) B A to a weight.
+
+    Returns:
+        The loss of each step.
+
+    Raises:
+        OutputError: `out` exists and is not to be replaced, or cannot be written.
+        InvalidInput: there are no texts.
+    """
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not texts:
+        raise InvalidInput("there are no texts to train on", where=out)
+    with atomic_directory(out, replace=replace) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        torch.manual_seed(seed)
+        configuration = peft.LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=list(LINEARS), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+        )
+        model = peft.get_peft_model(base, configuration)
+        tokens = [tokenize(tokenizer, text) for text in texts]
+        options = Options(steps, learning_rate, seed=seed, threads=threads)
+        losses = train(
+            model, epochs(tokens, batch_size, seed), options, pad_id=pad_id(tokenizer), on_step=on_step
+        )
+        _write_peft(model, model_dir, folder)
+    return losses
+
+
+def _write_peft(model: peft.PeftModel, model_dir: Path, folder: Path) -> None:
+    """A PEFT directory that names its base by fingerprint, and no path of this machine."""
+    from safetensors.torch import load_file, save_file
+
+    from crayon_export.lora import BASE_FINGERPRINT
+
+    model.peft_config["default"].base_model_name_or_path = model_dir.name
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # a model card with blanks to fill in
+    weights = folder / "adapter_model.safetensors"
+    metadata = {BASE_FINGERPRINT: base_fingerprint(model_dir)}  # one key: the order of several is random in the file
+    save_file(load_file(weights), weights, metadata=metadata)
+    weights.chmod(0o644)  # safetensors writes it for its owner alone
+
+
+def base_fingerprint(model_dir: Path) -> str:
+    """The fingerprint that binds adapters to the model in a folder; see `crayon_export.checkpoint`."""
+    from crayon_export import architecture, checkpoint
+
+    opened = checkpoint.Checkpoint.open(model_dir)
+    return checkpoint.fingerprint(opened, architecture.read(opened.config, where=model_dir))
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to pad with. Padding comes last and has weight 0, so that any will do."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,88 @@
+"""What a test may need and a machine may lack: asked for in one way, so that everything that was not run is reported.
+
+    from tests.support import needs
+
+    def test_a_full_disk_is_a_clear_error():
+        with needs.tmpfs(64 * 1024) as disk: ...
+
+Where the thing is absent the test does not run, and the summary says what was missing and how to get it; in strict mode
+(`CRAYON_STRICT=1`, as on the build server) it fails instead. There is no other way to skip: `conftest.py` makes any other skip fail.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+STRICT = os.environ.get("CRAYON_STRICT", "0") not in ("", "0")
+
+
+def absent(what: str, get: str) -> NoReturn:
+    """Leave the running test (or, at module level, the file) because `what` is not here; `get` says how to have it."""
+    if STRICT:
+        pytest.fail(f"strict mode: {what} is not here; to have it: {get}", pytrace=False)
+    pytest.skip(f"{_MARK}{what} | {get}", allow_module_level=True)
+
+
+_MARK = "not here: "
+
+
+def parse_reason(reason: str) -> tuple[str, str] | None:
+    """(what, how to get it) of a reason that `absent` made; None for any other."""
+    _, mark, rest = reason.partition(_MARK)
+    what, bar, get = rest.partition(" | ")
+    return (what, get) if mark and bar else None
+
+
+class Needs:
+    """One method for each kind of thing."""
+
+    def module(self, name: str) -> ModuleType:
+        """Import a package of the `dev` extra."""
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as e:
+            if e.name is None or not f"{name}.".startswith(f"{e.name}."):
+                raise
+            absent(f"the Python package {e.name}", "pip install -c constraints.txt -e '.[dev]'")
+
+    @contextmanager
+    def tmpfs(self, size: int) -> Iterator[Path]:
+        """A file system of its own, in memory, that holds `size` bytes."""
+        with tempfile.TemporaryDirectory() as folder:
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+            if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+                absent("a small tmpfs", "run as root, where mounting is allowed (Debian package: mount)")
+            try:
+                yield Path(folder)
+            finally:
+                subprocess.run(["umount", "--lazy", folder], check=True)
+
+    def reference_model(self) -> Path:
+        """stories260K: a real trained LLaMA, as a Hugging Face model folder with a sentencepiece tokenizer."""
+        folder = ROOT / "tests/data/stories260K"
+        if not (folder / "model.safetensors").is_file():
+            absent("the model stories260K", "run the tests in a full checkout: tests/data/stories260K")
+        return folder
+
+    def ort_oldest(self) -> Path:
+        """A folder to put first in PYTHONPATH: the oldest onnxruntime that a bundle must run in."""
+        folder = os.environ.get("CRAYON_ORT_OLDEST", "")
+        if not folder or not Path(folder, "onnxruntime").is_dir():
+            absent("the oldest supported onnxruntime", "run the tests with `make test`, which installs it")
+        return Path(folder)
+
+
+needs = Needs()
