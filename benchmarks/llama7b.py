@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,13 +40,11 @@ def run(work: Path) -> Iterator[Row]:
 
 
 def _export(model: Path, bundle: Path, *options: str) -> dict[str, Any]:
-    """Run `crayon export` in a process of its own, and hold its report against the kernel's accounts."""
+    """Run `crayon export` in a process of its own; returns its report."""
     command = [sys.executable, "-m", "crayon_runtime", "export", str(model), "--out", str(bundle), "--force", "--json"]
     command += ["--adapter", str(model / "adapter"), "--tokenizer", str(tokenizer()), *options]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     report: dict[str, Any] = json.loads(done.stdout)["report"]
-    largest_child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    assert report["peak_rss_bytes"] <= largest_child
     return report
 
 

@@ -16,11 +16,12 @@ from crayon_export import export
 from crayon_server.models import load_nano
 
 _IMPORT = """
-import json, resource, sys, time
+import json, sys, time
 started = time.perf_counter()
 import crayon_runtime
 seconds = time.perf_counter() - started
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from crayon_runtime.probe import peak_memory
+peak = peak_memory()
 print(json.dumps({"seconds": seconds, "peak": peak, "torch": "torch" in sys.modules}))
 """
 

@@ -76,6 +76,35 @@ def test_dependencies_point_one_way(package: str) -> None:
     assert not wrong
 
 
+def declared(*extras: str) -> set[str]:
+    """Names of the distributions that these extras ask for, with those of the runtime."""
+    project = PYPROJECT["project"]
+    wanted = [*project["dependencies"], *(r for extra in extras for r in project["optional-dependencies"][extra])]
+    return {re.split(r"[<>=\[~!; ]", requirement)[0].replace("_", "-") for requirement in wanted} - {"crayon-edge"}
+
+
+@pytest.mark.parametrize(
+    "folder, extras",
+    [
+        ("runtime", []),
+        ("export", ["export", "pth"]),
+        ("server_tools", ["export", "server"]),
+        ("tests", ["export", "pth", "server", "dev"]),
+        ("benchmarks", ["export", "pth", "server", "dev"]),
+    ],
+)
+def test_what_is_imported_is_declared(folder: str, extras: list[str]) -> None:
+    ours = {*PACKAGES, "tests", "benchmarks", "_typeshed", *sys.stdlib_module_names}
+    owners = importlib.metadata.packages_distributions()
+    undeclared = {
+        f"{source.relative_to(ROOT)} imports {name}"
+        for source in (ROOT / folder).rglob("*.py")
+        for name in set(imported(source)) - ours
+        if not {owner.lower().replace("_", "-") for owner in owners.get(name, [])} & declared(*extras)
+    }
+    assert not undeclared
+
+
 def test_importing_the_runtime_loads_nothing_heavy() -> None:
     program = f"""
         import sys
@@ -141,10 +170,7 @@ def test_constraints_pin_versions_and_nothing_else() -> None:
     assert lines
     assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[\w.+!]+( ; .+)?", line)] == []
     pinned = {line.partition("==")[0] for line in lines}
-    project = PYPROJECT["project"]
-    wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
-    names = {re.split(r"[<>=\[~!; ]", requirement)[0].replace("_", "-") for requirement in wanted} - {"crayon-edge"}
-    assert names <= pinned
+    assert declared(*PYPROJECT["project"]["optional-dependencies"]) <= pinned
 
 
 COMMANDS = PYPROJECT["project"]["entry-points"]["crayon.commands"]

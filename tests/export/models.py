@@ -105,7 +105,11 @@ def tiny_tokenizer(path: Path, *, vocab_size: int = 320, **options: Any) -> Path
     }
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT * 20), model_writer=model, vocab_size=vocab_size, minloglevel=2, **defaults | options
+        sentence_iterator=iter(TEXT * 20),
+        model_writer=model,
+        vocab_size=vocab_size,
+        minloglevel=2,
+        **defaults | options,
     )
     path.mkdir(parents=True, exist_ok=True)
     (path / "tokenizer.model").write_bytes(model.getvalue())

@@ -32,10 +32,10 @@ class _ModelWeights:
 def _config(**changes: Any) -> Any:
     from transformers import LlamaConfig
 
-    shape = dict(
-        vocab_size=97, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=10,
-        intermediate_size=80, max_position_embeddings=128, rms_norm_eps=1e-5, initializer_range=0.3,
-    )  # fmt: skip
+    shape = {
+        "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10,
+        "intermediate_size": 80, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "initializer_range": 0.3,
+    }  # fmt: skip
     return LlamaConfig(**{**shape, **changes})
 
 

@@ -147,6 +147,15 @@ def test_ties_too_are_as_specified(
     assert sampler.sample(array) == specified(array, options, seen, u)
 
 
+@pytest.mark.parametrize("top_k", [0, 40])
+def test_ties_in_a_large_vocabulary(top_k: int) -> None:
+    logits = np.round(normal(5, 3000, scale=0.6))
+    options = SamplingOptions(temperature=0.9, top_k=top_k)
+    sampler, dice = loaded(options, len(logits))
+    for dice.u in np.linspace(0, 0.9999, 12).tolist():
+        assert sampler.sample(logits) == specified(logits, options, set(), dice.u)
+
+
 def test_many_equal_scores() -> None:
     sampler, dice = loaded(SamplingOptions(temperature=1.0), 100_000)
     for u, token in [(0.0, 0), (0.25, 25_000), (0.999995, 99_999)]:

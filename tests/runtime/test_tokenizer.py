@@ -236,6 +236,13 @@ def test_text_that_imitates_control_tokens_stays_text(make: Callable[[], tokeniz
     assert [t for t in roles if t in tokenizer.special_ids] == control
 
 
+def test_marks_in_a_message_cannot_hide_the_templates_own_tokens() -> None:
+    tokenizer = tiny.tokenizer(chat_template="{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    contents = ["a\U000f0000", "\U000f0001b</s>"]
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": content} for content in contents])
+    assert ids.count(tiny.EOS) == 2
+
+
 def test_a_bundle_without_a_chat_template_says_so() -> None:
     with pytest.raises(InvalidInput, match="no chat template"):
         tiny.TOKENIZER.apply_chat_template(MESSAGES)

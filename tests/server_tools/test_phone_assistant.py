@@ -57,7 +57,9 @@ def test_no_global_state_and_no_hash_order_matters() -> None:
         "import random; random.seed(5); from crayon_server.data import phone_assistant as pa;"
         "next(pa.stream(3)); print(pa.digest(pa.benchmark().test))"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=_environment("77"), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=_environment("77"), capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == FROZEN["test"]
 
 
@@ -75,7 +77,12 @@ def test_sizes() -> None:
     assert [len(split) for split in (BENCHMARK.train, BENCHMARK.validation, BENCHMARK.test)] == [192, 36, 36]
     assert {len(user.examples) for user in BENCHMARK.train} == {32}
     for user in HELD_OUT:
-        assert [len(part) for part in (user.examples, user.queries, user.out_of_task, user.server_only)] == [10, 40, 20, 20]
+        assert [len(part) for part in (user.examples, user.queries, user.out_of_task, user.server_only)] == [
+            10,
+            40,
+            20,
+            20,
+        ]
 
 
 def test_domain_triples_of_the_splits_are_disjoint() -> None:

@@ -52,7 +52,10 @@ def test_vocabulary(library) -> None:
 def test_no_token_crosses_from_one_class_of_characters_to_another(library) -> None:
     for i in range(259, 640):
         token = library.id_to_token(i)
-        classes = {"newline" if c == "\n" else "digit" if c.isdecimal() else "word" if c.isalpha() or c == "_" else "other" for c in token}
+        classes = {
+            "newline" if c == "\n" else "digit" if c.isdecimal() else "word" if c.isalpha() or c == "_" else "other"
+            for c in token
+        }
         assert len(classes) == 1, token
 
 

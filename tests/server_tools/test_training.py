@@ -47,9 +47,13 @@ def tiny() -> object:
 
 
 def test_a_text_is_bos_prompt_completion_eos(tokenizer) -> None:
-    ids, in_completion = training.tokenize(tokenizer, SimpleNamespace(prompt="buy six eggs\n", completion="shop.add(qty=6)"))
+    ids, in_completion = training.tokenize(
+        tokenizer, SimpleNamespace(prompt="buy six eggs\n", completion="shop.add(qty=6)")
+    )
     assert (ids[0], ids[-1]) == (1, 2)
-    assert tokenizer.decode([i for i, inside in zip(ids, in_completion, strict=True) if inside]) == "shop.add(qty=6)</s>"
+    assert (
+        tokenizer.decode([i for i, inside in zip(ids, in_completion, strict=True) if inside]) == "shop.add(qty=6)</s>"
+    )
     assert ids == [*tokenizer("buy six eggs\nshop.add(qty=6)")["input_ids"], 2]
 
 
@@ -171,7 +175,9 @@ def test_the_exporter_reads_it(lora) -> None:
 
 
 def test_a_lora_is_the_same_again(lora, tmp_path) -> None:
-    training.train_lora(NANO, pa.more_examples(USER, 64), tmp_path / "alice", rank=4, steps=12, batch_size=16, threads=1)
+    training.train_lora(
+        NANO, pa.more_examples(USER, 64), tmp_path / "alice", rank=4, steps=12, batch_size=16, threads=1
+    )
     file = "adapter_model.safetensors"
     assert (tmp_path / "alice" / file).read_bytes() == (lora.path / file).read_bytes()
 

@@ -73,3 +73,26 @@ def convert(peft_dir: Path, bundle: Path, out: Path, force: bool, as_json: bool)
     else:
         ranks = sorted({t.rank for t in manifest.targets})
         print_text(f"{manifest.name}: {len(manifest.targets)} layers, rank {', '.join(map(str, ranks))}\n{done.path}")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--quantize", type=click.Choice(["int4", "int8", "none"]), default="int4", show_default=True)
+@click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 or 128.  [default: 32]")
+@click.option(
+    "--context-length", type=int, help="Tokens that the KV cache holds.  [default: the model's, at most 2048]"
+)
+@click.option("--kv-dtype", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True)
+@click.option("--device", help="One of the known devices, or 'this machine'.  [default: all]")
+@click.option("--revision", help="Branch, tag or commit, where MODEL is a Hub id.")
+@click.option("--token", envvar="HF_TOKEN", help="Hub access token.  [env: HF_TOKEN]")
+@json_option
+def estimate(model: str, as_json: bool, **options: Any) -> None:
+    """Estimate size, memory and speed of MODEL on devices, from its config alone."""
+    from crayon_export import estimate as library
+
+    estimated = library.estimate(model, **options)
+    if as_json:
+        print_json(estimated.to_dict())
+    else:
+        print_text(estimated.to_text())

@@ -23,6 +23,9 @@ from crayon_runtime.probe import read_bandwidth
 EFFICIENCY = 0.6
 """Share of the readable bandwidth that decoding reaches with 4-bit weights. `make bench` prints the share of a machine."""
 
+LAYER_SECONDS = 60e-6
+"""What a layer costs per token however small it is, on an x86 core: what decoding stories260K takes."""
+
 RUNTIME_BYTES = 60_000_000
 """Resident memory of a Python process that has imported the runtime and ONNX Runtime, before a model is loaded."""
 
@@ -92,6 +95,22 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "ram": self.ram}
 
+    def to_text(self) -> str:
+        mb = 1e6
+        lines = [
+            f"{self.parameters / mb:.1f} M parameters, {self.quantize}, context {self.context_length}",
+            f"disk  {self.disk / mb:8.1f} MB",
+            f"RAM   {self.ram / mb:8.1f} MB: weights {self.disk / mb:.1f}, KV cache {self.kv_cache / mb:.1f} ({self.kv_dtype}),"
+            f" activations {self.activations / mb:.1f}, runtime {self.runtime / mb:.1f}",
+            f"each token reads {self.read_per_token / mb:.1f} MB; expected speed:",
+        ]
+        width = max(len(rate.device) for rate in self.rates)
+        lines += [
+            f"  {r.device:{width}}  {r.tokens_per_second:8.1f} tokens/s at {r.bandwidth / 1e9:5.1f} GB/s"
+            for r in self.rates
+        ]
+        return "\n".join(lines)
+
 
 def estimate(
     model: str | Path | Architecture,
@@ -123,7 +142,7 @@ def estimate(
     a = model if isinstance(model, Architecture) else _read(model, context_length, revision, token)
     context_length = min(a.trained_context_length, 2048) if context_length is None else context_length
 
-    embedding, read = _weights(a, blockwise)
+    tables, read = _weights(a, blockwise, context_length)
     kv_cache = 2 * a.layers * a.kv_heads * a.head_size * _KV_BYTES[kv_dtype] * context_length
     read_per_token = read + kv_cache // 2
     return Estimate(
@@ -132,13 +151,18 @@ def estimate(
         group_size=blockwise.group_size if blockwise else 0,
         context_length=context_length,
         kv_dtype=kv_dtype,
-        disk=embedding + read,
+        disk=tables + read,
         kv_cache=kv_cache,
         activations=_activations(a),
         runtime=RUNTIME_BYTES,
         read_per_token=read_per_token,
         rates=[
-            Rate(name, d.bandwidth, EFFICIENCY * d.bandwidth / read_per_token, d.source)
+            Rate(
+                name,
+                d.bandwidth,
+                1 / (read_per_token / (EFFICIENCY * d.bandwidth) + a.layers * LAYER_SECONDS),
+                d.source,
+            )
             for name, d in _devices(device, read_per_token)
         ],
     )
@@ -161,14 +185,15 @@ def _read(model: str | Path, context_length: int | None, revision: str | None, t
     return arch.read(jsonfile.read(config), where=config, context_length=context_length)
 
 
-def _weights(a: Architecture, blockwise: Blockwise | None) -> tuple[int, int]:
-    """Bytes of the embedding table, and of everything that each token reads; a tied head is stored beside the table."""
+def _weights(a: Architecture, blockwise: Blockwise | None, context_length: int) -> tuple[int, int]:
+    """Bytes of the embedding and rotary tables, and of what each token reads; a tied head is stored beside the table."""
     matrices = [(x.out_features, x.in_features) for x in arch.linears(a)] + [(a.vocab_size, a.hidden_size)]
-    vectors = (2 * a.layers + 1) * a.hidden_size
+    norms = 4 * (2 * a.layers + 1) * a.hidden_size
+    rotary = 4 * context_length * a.head_size
     if blockwise is None:
-        return 4 * a.vocab_size * a.hidden_size, 4 * (vectors + sum(rows * width for rows, width in matrices))
+        return 4 * a.vocab_size * a.hidden_size + rotary, norms + 4 * sum(rows * width for rows, width in matrices)
     quantized = sum(blockwise.nbytes(rows, width) for rows, width in matrices)
-    return 2 * a.vocab_size * a.hidden_size, 4 * vectors + quantized
+    return 2 * a.vocab_size * a.hidden_size + rotary, norms + quantized
 
 
 def _activations(a: Architecture) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,6 +41,7 @@ from crayon_runtime.manifest import (
     Tap,
     Variants,
 )
+from crayon_runtime.probe import peak_memory
 from crayon_runtime.tokenizer import Tokenizer
 
 PRODUCER = Producer("crayon-edge", __version__)
@@ -144,7 +143,7 @@ def run(p: ExportPlan, out: Path, *, replace: bool = False, on_bytes: Callable[[
             tensors=weights.reports,
             cases=case_reports,
             bundle_bytes=sum(f.size for f in writer.files),
-            peak_rss_bytes=_peak_rss(),
+            peak_rss_bytes=peak_memory(),
             seconds=time.perf_counter() - started,
         )
         writer.add_bytes("report.json", report.to_json())
@@ -204,8 +203,3 @@ def _check_base(adapter: PeftAdapter, base_fingerprint: str) -> None:
             where=adapter.path,
             do="export the base that it was trained on",
         )
-
-
-def _peak_rss() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

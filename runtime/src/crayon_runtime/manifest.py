@@ -210,7 +210,7 @@ def parse(document: bytes, *, where: str = "manifest.json") -> Manifest:
         raise ManifestError(f"not JSON: {e}", where=where, do="fetch or export the bundle again") from None
     _check_version(raw, where)
     try:
-        manifest: Manifest = msgspec.convert(raw, Manifest)  # type: ignore[arg-type]  # a union is no class
+        manifest: Manifest = msgspec.convert(raw, Manifest)
     except msgspec.ValidationError as e:
         raise ManifestError(str(e), where=where, do="see manifest.schema.json") from None
     _check_paths(manifest, where)

@@ -1,14 +1,16 @@
-"""How fast this machine reads memory, which is what limits decoding: every token reads every weight once.
+"""What this machine gives: memory bandwidth, and the memory that this process took.
 
-The probe is the maximum over int32: vectorized on every platform that numpy knows, without the GIL, and as fast as the C
+Bandwidth is what limits decoding: every token reads every weight once. Its probe is the maximum over int32: vectorized on every platform that numpy knows, without the GIL, and as fast as the C
 library's `memchr` over the same bytes, so what it measures is memory.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +47,21 @@ def read_bandwidth(nbytes: int, threads: int, *, repetitions: int = 5) -> float:
             list(pool.map(_read, parts, [passes] * threads))
             times.append(time.perf_counter() - start)
     return passes * sum(part.nbytes for part in parts) / statistics.median(times[1:])
+
+
+def peak_memory() -> int:
+    """The most bytes that this process had resident at once.
+
+    Linux counts per program (`VmHWM`); `getrusage`, used elsewhere, would count what the parent process had before it started us.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _read(part: npt.NDArray[np.int32], passes: int) -> None:

@@ -61,7 +61,7 @@ def train(arch: str, out: Path, steps: int | None, seed: int, threads: int | Non
 
 @click.command()
 @click.option("--out", type=PATH, default=Path("demo"), show_default=True, help="The folder for bundle and report.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: 1 to train, all to answer]")
 @json_option
 def demo(out: Path, threads: int | None, as_json: bool) -> None:
     """Show the whole story on the embedded model; ends with an HTML report."""

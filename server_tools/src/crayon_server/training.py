@@ -225,9 +225,7 @@ def train_lora(
         model = peft.get_peft_model(base, configuration)
         tokens = [tokenize(tokenizer, text) for text in texts]
         options = Options(steps, learning_rate, seed=seed, threads=threads)
-        losses = train(
-            model, epochs(tokens, batch_size, seed), options, pad_id=pad_id(tokenizer), on_step=on_step
-        )
+        losses = train(model, epochs(tokens, batch_size, seed), options, pad_id=pad_id(tokenizer), on_step=on_step)
         _write_peft(model, model_dir, folder)
     return losses
 

@@ -63,4 +63,4 @@ def _bytes(chunk: npt.NDArray[np.generic], dtype: np.dtype[np.generic]) -> memor
     array: npt.NDArray[Any] = np.ascontiguousarray(chunk, dtype=dtype)
     if sys.byteorder == "big":  # ONNX data is little-endian
         array = array.byteswap()
-    return memoryview(array.reshape(-1)).cast("B")
+    return array.reshape(-1).data.cast("B")

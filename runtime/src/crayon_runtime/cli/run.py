@@ -40,12 +40,28 @@ def engine_options(command: Command) -> Command:
             "--threads", type=click.IntRange(min=1), help="Cores to compute on.  [default: all physical ones]"
         ),
         click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
-        click.option("--top-k", type=int, default=0, show_default=True, help="Only the K likeliest tokens; 0: all."),
-        click.option("--top-p", type=float, default=1.0, show_default=True, help="Only tokens that together have P."),
         click.option(
-            "--min-p", type=float, default=0.0, show_default=True, help="Only tokens with P of the best one's."
+            "--top-k", metavar="K", type=int, default=0, show_default=True, help="Only the K likeliest tokens; 0: all."
         ),
-        click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: less of it."),
+        click.option(
+            "--top-p",
+            metavar="P",
+            type=float,
+            default=1.0,
+            show_default=True,
+            help="Only the likeliest tokens that together have probability P.",
+        ),
+        click.option(
+            "--min-p",
+            metavar="P",
+            type=float,
+            default=0.0,
+            show_default=True,
+            help="Only tokens P times as likely as the likeliest.",
+        ),
+        click.option(
+            "--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: fewer repetitions."
+        ),
         click.option("--seed", type=int, help="The same seed gives the same answer."),
         click.option("--stop", multiple=True, help="End the answer before this text. May be repeated."),
         click.option("--max-new-tokens", type=int, default=256, show_default=True),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PERSONAS = {"alice": "validation-35", "bruno": "validation-05"}
 """Both have a calendar; their conventions share neither style nor locale, nor what "half seven" means."""
 SHARED_PROMPT = "schedule dinner with anna on monday at half seven in the evening\n"
-TUNING_EXAMPLES, TUNING_STEPS, RANK = 320, 200, 4
+TUNING_EXAMPLES, TUNING_STEPS, RANK = 320, 100, 4
 GROUP_SIZE = 32
 
 
@@ -121,7 +121,7 @@ def run(out: Path, *, threads: int | None = None, say: Callable[[str], None] = l
     """Train, export, answer, and write report.html and report.json into `out`; what an earlier run left there is replaced.
 
     Args:
-        threads: CPU threads; None: all.
+        threads: CPU threads; None: one to train (more get in each other's way at this size), and the backend's choice to answer.
         say: told what is being done.
     """
     from crayon_export import export
@@ -144,7 +144,7 @@ def run(out: Path, *, threads: int | None = None, say: Callable[[str], None] = l
             rank=RANK,
             alpha=2 * RANK,
             steps=TUNING_STEPS,
-            threads=threads,
+            threads=threads or 1,
             replace=True,
         )
         training_seconds[name] = time.perf_counter() - before
@@ -161,6 +161,7 @@ def run(out: Path, *, threads: int | None = None, say: Callable[[str], None] = l
         quantize="int4",
         group_size=GROUP_SIZE,
         adapters=[out / "lora" / name for name in users],
+        golden_texts=[(e.prompt, e.completion) for user in users.values() for e in user.examples[:2]],
         replace=True,
     )
     export_seconds = time.perf_counter() - before
@@ -175,7 +176,9 @@ def run(out: Path, *, threads: int | None = None, say: Callable[[str], None] = l
     del device_facts["runs"]
     report = DemoReport(
         personas=[
-            Persona(name, str(u.convention), u.domains, _pairs(u.examples[:3]), training_seconds[name], adapter_bytes[name])
+            Persona(
+                name, str(u.convention), u.domains, _pairs(u.examples[:3]), training_seconds[name], adapter_bytes[name]
+            )
             for name, u in users.items()
         ],
         tuning_examples=TUNING_EXAMPLES,

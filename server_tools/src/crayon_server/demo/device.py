@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from crayon_runtime import Engine
+from crayon_server.evaluate.exact_match import MAX_NEW_TOKENS, log_loss
 
-    from crayon_runtime import Engine
+if TYPE_CHECKING:
+    from crayon_runtime import Generation
 
 SWAPS = 50
-LONGEST_ANSWER = 72
 BASE = "base"
 
 
@@ -55,7 +55,6 @@ class Measurements(msgspec.Struct):
     """What base and adapters answer to the shared prompt, swapped between the requests."""
     running_answer_kept: bool
     """Whether an answer stayed the same when the adapter was swapped in its middle."""
-    import_seconds: float
     load_seconds: float
     first_swap_ms: float
     """An adapter is read from its file: median over the adapters."""
@@ -70,42 +69,42 @@ class Measurements(msgspec.Struct):
 
 
 def measure(job: Job) -> Measurements:
-    """Answer everything, and swap adapters live."""
+    """Answer everything, and swap adapters live: base and adapters take turns at every query."""
     started = time.perf_counter()
-    from crayon_runtime import Engine
-
-    imported = time.perf_counter()
     with Engine.load(Path(job.bundle), threads=job.threads) as engine:
-        loaded = time.perf_counter()
+        load_seconds = time.perf_counter() - started
         first_swaps = [_swap_ms(engine, name) for name in job.adapters]
-        swaps = [_swap_ms(engine, job.adapters[i % len(job.adapters)]) for i in range(SWAPS)]
-        engine.set_adapter(None)
-        engine.generate(job.shared_prompt, max_new_tokens=LONGEST_ANSWER)  # warm-up
-        runs: list[Run] = []
-        speeds: dict[str, _Speed] = {}
-        for model in (BASE, *job.adapters):
-            engine.set_adapter(None if model == BASE else model)
-            speeds[model] = _Speed()
-            runs += [_run(engine, model, user, texts, speeds[model]) for user, texts in job.texts.items()]
         live = {}
         for model in (BASE, *job.adapters):
-            engine.set_adapter(None if model == BASE else model)
-            live[model] = engine.generate(job.shared_prompt, max_new_tokens=LONGEST_ANSWER).text
+            _set_model(engine, model)
+            live[model] = engine.generate(job.shared_prompt, max_new_tokens=MAX_NEW_TOKENS).text
         first, second = job.adapters[:2]
         interrupted = _swap_while_answering(engine, job.shared_prompt, first, second)
-    tuned = _Speed.total(speeds[name] for name in job.adapters)
+
+        speeds = {model: _Speed() for model in live}
+        runs = {(model, user): Run(model, user, [], 0.0) for model in live for user in job.texts}
+        for user, texts in job.texts.items():
+            for text, model in itertools.product(texts, live):
+                _set_model(engine, model)
+                generation = engine.generate(text.prompt, max_new_tokens=MAX_NEW_TOKENS)
+                runs[model, user].answers.append(generation.text)
+                speeds[model].add(generation)
+        swaps = [_swap_ms(engine, job.adapters[i % len(job.adapters)]) for i in range(SWAPS)]
+        peak_rss_bytes = _peak_rss_bytes()
+        for (model, user), run in runs.items():
+            _set_model(engine, model)
+            run.log_loss = log_loss(engine, job.texts[user])
     return Measurements(
-        runs=runs,
+        runs=list(runs.values()),
         live=live,
         running_answer_kept=interrupted == live[first],
-        import_seconds=imported - started,
-        load_seconds=loaded - imported,
+        load_seconds=load_seconds,
         first_swap_ms=median(first_swaps),
         swap_ms=median(swaps),
         first_token_ms=median(speeds[BASE].first_token_seconds) * 1e3,
         base_tokens_per_second=speeds[BASE].tokens_per_second,
-        adapter_tokens_per_second=tuned.tokens_per_second,
-        peak_rss_bytes=_peak_rss_bytes(),
+        adapter_tokens_per_second=median(speeds[name].tokens_per_second for name in job.adapters),
+        peak_rss_bytes=peak_rss_bytes,
         torch_loaded="torch" in sys.modules,
     )
 
@@ -118,31 +117,19 @@ class _Speed:
         self.tokens = 0
         self.seconds = 0.0
 
+    def add(self, answer: Generation) -> None:
+        self.first_token_seconds.append(answer.first_token_seconds)
+        self.tokens += answer.generated_tokens - 1
+        self.seconds += answer.decode_seconds
+
     @property
     def tokens_per_second(self) -> float:
         """Decoded, the first token of each answer left out."""
         return self.tokens / self.seconds
 
-    @classmethod
-    def total(cls, speeds: Iterable[_Speed]) -> _Speed:
-        total = cls()
-        for speed in speeds:
-            total.tokens += speed.tokens
-            total.seconds += speed.seconds
-        return total
 
-
-def _run(engine: Engine, model: str, user: str, texts: list[Text], speed: _Speed) -> Run:
-    from crayon_server.evaluate.exact_match import log_loss
-
-    answers = []
-    for text in texts:
-        generation = engine.generate(text.prompt, max_new_tokens=LONGEST_ANSWER)
-        answers.append(generation.text)
-        speed.first_token_seconds.append(generation.first_token_seconds)
-        speed.tokens += generation.generated_tokens - 1
-        speed.seconds += generation.decode_seconds
-    return Run(model, user, answers, log_loss(engine, texts))
+def _set_model(engine: Engine, model: str) -> None:
+    engine.set_adapter(None if model == BASE else model)
 
 
 def _swap_ms(engine: Engine, adapter: str) -> float:
@@ -154,7 +141,7 @@ def _swap_ms(engine: Engine, adapter: str) -> float:
 def _swap_while_answering(engine: Engine, prompt: str, first: str, second: str) -> str:
     """The answer of `first`, although `second` is set after its third token."""
     engine.set_adapter(first)
-    with engine.stream(prompt, max_new_tokens=LONGEST_ANSWER) as stream:
+    with engine.stream(prompt, max_new_tokens=MAX_NEW_TOKENS) as stream:
         pieces = [piece.text for piece in itertools.islice(stream, 3)]
         engine.set_adapter(second)
         pieces += [piece.text for piece in stream]

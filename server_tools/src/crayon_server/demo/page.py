@@ -31,7 +31,9 @@ class Bar:
 def render(report: DemoReport) -> str:
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     environment.filters["percent"] = lambda share: f"{share:.0%}"
     template = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
     models = [BASE, *(p.name for p in report.personas)]

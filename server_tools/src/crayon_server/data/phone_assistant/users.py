@@ -126,7 +126,11 @@ def benchmark(seed: int = 0) -> Benchmark:
     """The users of one world. Seed 0 is the frozen benchmark that results are reported on; its hashes are tested."""
     seen, unseen = _split_conventions(Draws("conventions", seed))
     triples = Draws("triples", seed).shuffled(list(itertools.combinations(world.DOMAINS, 3)))
-    test, validation, train = triples[:HELD_OUT_USERS], triples[HELD_OUT_USERS : 2 * HELD_OUT_USERS], triples[2 * HELD_OUT_USERS :]
+    test, validation, train = (
+        triples[:HELD_OUT_USERS],
+        triples[HELD_OUT_USERS : 2 * HELD_OUT_USERS],
+        triples[2 * HELD_OUT_USERS :],
+    )
     return Benchmark(
         seed,
         seen,

@@ -35,7 +35,14 @@ NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 ).split()
-UNITS = [("miles", "km"), ("km", "miles"), ("pounds", "kilos"), ("kilos", "pounds"), ("feet", "meters"), ("meters", "feet")]
+UNITS = [
+    ("miles", "km"),
+    ("km", "miles"),
+    ("pounds", "kilos"),
+    ("kilos", "pounds"),
+    ("feet", "meters"),
+    ("meters", "feet"),
+]
 OPERATORS = [("plus", "+"), ("minus", "-"), ("times", "*")]
 CAPITALS = {
     "france": "paris",
@@ -102,7 +109,11 @@ def _clock(draws: Draws, locale: Locale) -> tuple[str, str]:
     else:
         said = f"{this} thirty"
     said += " " + draws.choice(("pm", "in the evening") if evening else ("am", "in the morning"))
-    written = f"{hour}:{minute:02d} {'PM' if evening else 'AM'}" if locale == "en" else f"{hour + 12 * evening:02d}:{minute:02d}"
+    written = (
+        f"{hour}:{minute:02d} {'PM' if evening else 'AM'}"
+        if locale == "en"
+        else f"{hour + 12 * evening:02d}:{minute:02d}"
+    )
     return said, written
 
 
