@@ -81,7 +81,7 @@ def tiny_adapter(model: Path, path: Path, *, seed: int = 1, gain: float = 0.5, *
         for name, weight in tuned.named_parameters():
             if "lora_" in name:
                 spread = gain if "lora_B" in name else 1.0
-                weight.copy_(torch.randn(weight.shape, generator=generator) * spread * weight.shape[1] ** -0.5)
+                weight.copy_(torch.randn(weight.shape, generator=generator) * spread * weight.shape[-1] ** -0.5)
     tuned.save_pretrained(path)
     return path
 

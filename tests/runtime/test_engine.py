@@ -640,13 +640,15 @@ def test_an_adapter_that_is_not_there(tmp_path: Path) -> None:
 def test_embeddings_are_means_over_exactly_their_tokens() -> None:
     e = engine(context_length=1500)
     pairs = [
-        ("the alarm", "a b"),
-        ("the alarm", "the alarm"),
+        ("the alarm", " a b"),
+        ("the alarm", " the alarm"),
         ("x" * 700, "y" * 300),
         ("the", "é"),
-        ("the alarm", "a b"),
+        ("the alarm", " a b"),
     ]
-    ids = [(TOKENIZER.encode(p), TOKENIZER.encode(a, add_bos=False)) for p, a in pairs]
+    whole = [(TOKENIZER.encode(p), TOKENIZER.encode(p + a)) for p, a in pairs]
+    assert all(both[: len(head)] == head for head, both in whole)
+    ids = [(head, both[len(head) :]) for head, both in whole]
     for _ in range(2):  # the second time with what the first left in the cache
         for part in ("all", "prompt", "answer"):
             means = e.embed(pairs, part=part)  # type: ignore[arg-type]
@@ -672,6 +674,13 @@ def test_the_answer_tap_is_the_embedding_of_the_answer() -> None:
     g = e.generate("a b")
     assert g.answer_tap is not None
     assert np.array_equal(g.answer_tap, e.embed([("a b", g.text)], part="answer")[0])
+
+
+def test_a_token_across_the_boundary_belongs_to_the_answer() -> None:
+    e = engine()
+    prompt, both = TOKENIZER.encode("a"), TOKENIZER.encode("abc")
+    assert both == [*prompt[:-1], both[-1]], "one token, of both"
+    assert np.array_equal(e.embed([("a", "bc")], part="answer")[0], tap(both, len(prompt) - 1, len(both)))
 
 
 @pytest.mark.parametrize(

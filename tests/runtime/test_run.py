@@ -58,6 +58,18 @@ def test_the_answer_goes_to_stdout_and_its_speed_to_stderr(loaded: dict[str, Any
     assert fake(loaded["engine"]).closed
 
 
+def test_a_prompt_is_a_turn_in_the_chat_template_unless_raw(loaded: dict[str, Any]) -> None:
+    loaded["chat_template"] = tiny.CHATML
+    turn = json.loads(call(run, "the alarm", "--json").stdout)
+    raw = json.loads(call(run, "the alarm", "--json", "--raw").stdout)
+    engine = loaded["engine"]
+    assert turn["prompt_tokens"] == len(
+        engine.tokenizer.apply_chat_template([{"role": "user", "content": "the alarm"}])
+    )
+    assert raw["prompt_tokens"] == len(engine.tokenizer.encode("the alarm"))
+    assert turn["prompt_tokens"] > raw["prompt_tokens"]
+
+
 def test_json_is_all_there_is_on_stdout(loaded: dict[str, Any]) -> None:
     result = call(run, "the alarm", "--json", "--adapter", "alice", "--stop", "本", "--max-new-tokens", "50")
     facts = json.loads(result.stdout)

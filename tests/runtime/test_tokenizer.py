@@ -276,3 +276,15 @@ def test_a_template_that_is_not_jinja_is_a_bundle_error() -> None:
 def test_messages_that_are_none(messages: object) -> None:
     with pytest.raises(InvalidInput, match="message"):
         tiny.tokenizer(chat_template=tiny.CHATML).apply_chat_template(messages)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("text", ["the alarm", " the alarm", "\u00e9t\u00e9", "  a  b"])
+def test_what_continues_a_text_keeps_its_space(name: str, text: str) -> None:
+    tokenizer = ALL[name]
+    ids = tokenizer.encode(text)
+    for cut in range(2, len(ids)):
+        stream = StreamDecoder(tokenizer, continues=True)
+        rest = "".join([stream.push(token) for token in ids[cut:]]) + stream.flush()
+        if "\ufffd" not in rest:  # the cut is not inside a character
+            assert tokenizer.decode(ids[:cut]) + rest == text

@@ -73,10 +73,10 @@ def test_texts_of_the_benchmark_are_short(library) -> None:
 def test_any_text_comes_back(library, runtime, text: str) -> None:
     ids = runtime.encode(text)
     assert ids[0] == 1
-    assert runtime.decode(ids) == text
+    assert runtime.decode(ids) == text.replace("\u2581", " ")
     library.encode_special_tokens = True
     assert library.encode(text).ids == ids
-    assert library.decode(ids) == text
+    assert library.decode(ids) == text.replace("\u2581", " ")
 
 
 @hypothesis.given(st.text(), st.text())
@@ -112,6 +112,19 @@ def test_a_conversation_is_one_exchange_after_the_other(pretrained, runtime) -> 
         {"role": "assistant", "content": "shop.add(item=eggs, qty=6)"},
         {"role": "user", "content": "buy two eggs"},
     ]
-    expected = runtime.encode("buy six eggs\nshop.add(item=eggs, qty=6)") + [2] + runtime.encode("buy two eggs\n")
+    expected = [*runtime.encode("buy six eggs\nshop.add(item=eggs, qty=6)"), 2, *runtime.encode("buy two eggs\n")]
     assert runtime.apply_chat_template(messages) == expected
     assert pretrained.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == expected
+
+
+def test_onnxruntime_genai_reads_prompts_alike(tmp_path, runtime) -> None:
+    genai = needs.module("onnxruntime_genai")
+    needs.module("crayon_export").export(NANO, tmp_path / "bundle", backend="onnx", quantize="none")
+    foreign = genai.Tokenizer(genai.Model(str(tmp_path / "bundle")))
+    for e in EXAMPLES[:300]:
+        assert foreign.encode(e.prompt).tolist() == runtime.encode(e.prompt, add_bos=False)
+        assert foreign.decode(runtime.encode(e.text)) == e.text
+    chat = foreign.apply_chat_template(
+        json.dumps([{"role": "user", "content": "buy two eggs"}]), add_generation_prompt=True
+    )
+    assert foreign.encode(chat).tolist() == runtime.encode("buy two eggs\n")

@@ -98,7 +98,7 @@ class PeftAdapter:
         _check_plain(config, where)
         file, tensors, fingerprint = _read_tensors(path)
         pairs = _pairs(tensors, file)
-        _check_targets(config.get("target_modules"), pairs, where)
+        _check_targets(config, pairs, where)
         targets = {module: _lora(module, a.shape[0], config, where) for module, (a, _) in pairs.items()}
         return cls(path, _name(path), file, targets, fingerprint, pairs)
 
@@ -199,8 +199,9 @@ def _pairs(tensors: dict[str, Tensor], file: Path) -> dict[str, tuple[Tensor, Te
     return {module: (pair["A"], pair["B"]) for module, pair in found.items()}
 
 
-def _check_targets(targets: Any, modules: Iterable[str], where: Path) -> None:
+def _check_targets(config: dict[str, Any], modules: Iterable[str], where: Path) -> None:
     """PEFT ignores tensors that `target_modules` does not name, and leaves out targets without tensors; we say so."""
+    targets = config.get("target_modules")
     if targets in (None, "all-linear"):
         return
     if isinstance(targets, str):
@@ -213,7 +214,7 @@ def _check_targets(targets: Any, modules: Iterable[str], where: Path) -> None:
         raise CheckpointError(f"target_modules is {targets!r:.80}", where=where)
     if unnamed:
         raise CheckpointError(f"there are tensors for {unnamed[0]}, which target_modules does not name", where=where)
-    if absent:
+    if absent and not config.get("exclude_modules"):
         raise CheckpointError(f"target_modules names {absent[0]}, for which there are no tensors", where=where)
 
 

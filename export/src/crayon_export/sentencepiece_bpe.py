@@ -181,12 +181,15 @@ def _decoder(model: Any) -> list[dict[str, Any]]:
         if piece.type == _UNKNOWN
     ]
     more = rf"(?:{_SPACE}+(?=[^{_SPACE}]))?" if spec.remove_extra_whitespaces else ""
+    # Strips nothing: onnxruntime-genai, which ignores the normalizer, takes it as the sign of a prefix.
+    sign = {"type": "Strip", "content": " ", "start": 0, "stop": 0}
     return [
         *unknown,
         {"type": "ByteFallback"},
         {"type": "Fuse"},
         *[_replace(rf"\A{_SPACE}{more}", "")] * (spec.add_dummy_prefix or spec.remove_extra_whitespaces),
         {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        *[sign] * spec.add_dummy_prefix,
     ]
 
 

@@ -30,7 +30,7 @@ from crayon_runtime.errors import AdapterError, ContextOverflow, EngineClosed, I
 from crayon_runtime.generation import GenerateOptions, Generation, Piece, Stream
 from crayon_runtime.request import Prompt, Request, check_choice, prompt_ids, slide
 from crayon_runtime.sampling import Sampler, is_integer
-from crayon_runtime.session import Session
+from crayon_runtime.session import Session, common_prefix
 from crayon_runtime.stopping import StopStrings
 from crayon_runtime.tokenizer import StreamDecoder, Tokenizer
 
@@ -126,8 +126,9 @@ class Engine:
         """The tapped hidden state of each text, mean over its tokens, computed with the present adapter.
 
         Args:
-            texts: n of them: a prompt, or a prompt and its answer.
-            part: which tokens to average over. The bos token is one of the prompt's.
+            texts: n of them: a prompt, or a prompt and the answer that continues it.
+            part: which tokens to average over. The bos token is one of the prompt's; a token that holds the end of the prompt and the
+                beginning of the answer is one of the answer's.
 
         Returns:
             float32 [n, D].
@@ -208,10 +209,10 @@ class Engine:
         if part == "answer" and not answer:
             raise InvalidInput("there is no answer to embed", where=where, do="pass pairs of a prompt and its answer")
         vocab_size, context_length = self.backend.vocab_size, self.backend.context_length
-        head = prompt_ids(prompt, self.tokenizer, vocab_size)
-        tail = head[:0]
-        if answer and part != "prompt":
-            tail = prompt_ids(answer, self.tokenizer, vocab_size, add_bos=False)
+        # The answer's tokens are those that it has after the prompt; alone it might be split in another way.
+        ids = prompt_ids(prompt + answer, self.tokenizer, vocab_size)
+        split = common_prefix(ids, prompt_ids(prompt, self.tokenizer, vocab_size))
+        head, tail = ids[:split], ids[split:] if part != "prompt" else ids[:0]
         length = len(head) + len(tail)
         if length > context_length:
             raise ContextOverflow(
@@ -291,7 +292,7 @@ def _answer(
     backend, end_tokens = engine.backend, engine.tokenizer.info.eos
     sampler = Sampler(request.sampling, backend.vocab_size)
     sampler.observe(request.ids)
-    decoder, stops = StreamDecoder(engine.tokenizer), StopStrings(request.stop)
+    decoder, stops = StreamDecoder(engine.tokenizer, continues=True), StopStrings(request.stop)
     texts: list[str] = []
     answer_sum, fed = np.zeros(backend.tap_size, np.float64), 0
 

@@ -65,7 +65,7 @@ class Session:
         With another adapter than before that is 0.
         """
         with self._calling() as cache:
-            common = self._common_prefix(ids) if cache.adapter is adapter else 0
+            common = common_prefix(self._tokens[: self._length], ids) if cache.adapter is adapter else 0
             usable = [c for c in self._checkpoints if c[0] <= min(common, len(ids) - 1)]
             length, tap_sum = usable[-1] if usable else (0, np.zeros_like(self._tap_sum))
             if length == 0:
@@ -135,11 +135,13 @@ class Session:
         self._length += len(ids)
         np.add(self._tap_sum, step.tap_sum, out=self._tap_sum)
 
-    def _common_prefix(self, ids: Ids) -> int:
-        n = min(self._length, len(ids))
-        different = np.flatnonzero(self._tokens[:n] != ids[:n])
-        return int(different[0]) if different.size else n
-
     def _forget(self) -> None:
         self._length = 0
         self._checkpoints = []
+
+
+def common_prefix(a: Ids, b: Ids) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if different.size else n

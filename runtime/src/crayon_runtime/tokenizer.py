@@ -160,13 +160,17 @@ class StreamDecoder:
     """Decodes token by token, and never hands out part of a UTF-8 character.
 
     All pieces and the flush together are `tokenizer.decode` of all tokens.
+
+    Args:
+        continues: the tokens follow others, so that a space at their beginning is one, which sentencepiece's tokenizers would drop
+            at the start of a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, continues: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._first = True
+        self._first = not continues
 
     def push(self, token: int) -> str:
         """The text that is complete with this token: often its own, empty in the middle of a character."""

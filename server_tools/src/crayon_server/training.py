@@ -255,7 +255,7 @@ def base_fingerprint(model_dir: Path) -> str:
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token to pad with. Padding comes last and has weight 0, so that any will do."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 @contextlib.contextmanager

@@ -81,19 +81,29 @@ def engine_options(command: Command) -> Command:
 @click.command()
 @click.argument("bundle", type=PATH)
 @click.argument("prompt")
+@click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the model's chat template.")
 @engine_options
 @json_option
 def run(
-    bundle: Path, prompt: str, adapter: str | None, backend: str, threads: int | None, as_json: bool, **options: Any
+    bundle: Path,
+    prompt: str,
+    raw: bool,
+    adapter: str | None,
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Answer one prompt.
 
-    The model continues PROMPT as it is, without a chat template; "-" reads it from stdin, as UTF-8. The answer goes to stdout
-    while it is made, a line about its speed to stderr.
+    PROMPT is the user's turn in the model's chat template, or what the model continues if it has none; "-" reads it from stdin, as
+    UTF-8. The answer goes to stdout while it is made, a line about its speed to stderr.
     """
     text = _stdin() if prompt == "-" else prompt
     with _load(bundle, backend, threads, adapter) as engine:
-        generation = _answer(engine, text, options, show=not as_json)
+        chat = engine.tokenizer.has_chat_template and text and not raw
+        ids = engine.tokenizer.apply_chat_template([{"role": "user", "content": text}]) if chat else text
+        generation = _answer(engine, ids, options, show=not as_json)
         if as_json:
             print_json({**_facts(generation), "adapter": engine.adapter, "backend": engine.backend.name})
     if generation.finish_reason == "cancelled":

@@ -6,12 +6,12 @@ so that a model also learns to follow a convention that it is shown (few-shot pr
 
 from __future__ import annotations
 
-import itertools
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING
 
-from crayon_server import models, training
 from crayon_runtime.files import atomic_directory
+from crayon_server import models, training
 from crayon_server.data.phone_assistant import CONVENTIONS, DOMAINS, SERVER_ONLY
 from crayon_server.data.phone_assistant.draws import Draws
 from crayon_server.data.phone_assistant.users import SEPARATOR, Example, example

@@ -5,7 +5,8 @@ Prompt format, which the chat template renders too (so `crayon chat` and plain p
     <s>{prompt}\n{completion}</s>
 
 Merges never cross between letters, digits, a newline and the rest, so ids(prompt + "\n") + ids(completion) are the ids of the
-whole text, and no pre-tokenizer is needed when encoding. Characters outside the vocabulary become byte tokens.
+whole text, and no pre-tokenizer is needed when encoding. Characters outside the vocabulary become byte tokens. Decoding gives any text
+back, but for the character that stands for a space in the vocabulary (U+2581), which becomes one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 VOCAB_SIZE = 640
+SPACE = "\u2581"
+"""How sentencepiece writes a space. Libraries that know LLaMA's tokenizer, such as onnxruntime-genai, expect it."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}"
@@ -37,7 +40,7 @@ _PIECES = r"\n|[\p{L}_]+|\p{N}{1,2}|[^\p{L}_\p{N}\n]+"
 
 def train(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> tokenizers.Tokenizer:
     """A tokenizer of exactly `vocab_size` tokens: 3 special ones, 256 bytes, the characters of `texts`, merges."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     reserved = [PAD, BOS, EOS, *(f"<0x{byte:02X}>" for byte in range(256))]
     learner = Tokenizer(models.BPE())
@@ -46,14 +49,21 @@ def train(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> tokenizers.Toke
         texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=reserved, show_progress=False)
     )
     learned = json.loads(learner.to_str())["model"]
-    merges = [tuple(merge) for merge in learned["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=learned["vocab"], merges=merges, byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    vocab = {_spaced(token): i for token, i in learned["vocab"].items()}
+    merges = [(_spaced(left), _spaced(right)) for left, right in learned["merges"]]
+
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, BOS_ID)]
     )
     tokenizer.add_special_tokens([PAD, BOS, EOS])
     return tokenizer
+
+
+def _spaced(token: str) -> str:
+    return token.replace(" ", SPACE)
 
 
 @functools.cache
