@@ -139,6 +139,8 @@ def estimate(
         raise InvalidInput(f"kv_dtype is {kv_dtype!r}, not one of {', '.join(_KV_BYTES)}")
     if device not in (None, THIS_MACHINE, *DEVICES):
         raise InvalidInput(f"there is no device {device!r}", do=f"use one of {', '.join([*DEVICES, THIS_MACHINE])}")
+    if context_length is not None and context_length < 1:
+        raise InvalidInput(f"the context length is {context_length}")
     a = model if isinstance(model, Architecture) else _read(model, context_length, revision, token)
     context_length = min(a.trained_context_length, 2048) if context_length is None else context_length
 

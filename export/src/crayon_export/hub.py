@@ -13,7 +13,7 @@ from crayon_runtime.errors import CheckpointError, CrayonError, MissingExtra, Ou
 
 _SMALL = {
     *("config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja"),
 }
 _WEIGHTS = (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin")
 """In the order of preference; repositories often hold the same weights several times."""
@@ -36,18 +36,18 @@ def fetch(model: str | Path, *, revision: str | None = None, token: str | None =
     folder = Path(model).expanduser()
     if folder.exists():
         return folder
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model), re.ASCII) or str(model).startswith("."):
-        raise CheckpointError(
-            "there is no such folder", where=model, do="give the folder of a model, or its id on the Hub as OWNER/NAME"
-        )
     try:
-        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub import HfApi, errors, snapshot_download
     except ModuleNotFoundError:
         raise MissingExtra("export", "downloading from the Hub") from None
     model, endpoint = str(model), os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     download = partial(snapshot_download, model, revision=revision, token=token, endpoint=endpoint)
     try:
-        names = HfApi(endpoint, token=token).list_repo_files(model, revision=revision)
+        siblings = HfApi(endpoint, token=token).model_info(model, revision=revision).siblings or []
+    except errors.HFValidationError:
+        raise CheckpointError(
+            "there is no such folder", where=model, do="give the folder of a model, or its id on the Hub as OWNER/NAME"
+        ) from None
     except Exception as e:  # noqa: BLE001 - the HTTP library, whose errors pass through, differs between versions
         cached = _cached(download, weights)
         if cached is not None:
@@ -58,7 +58,8 @@ def fetch(model: str | Path, *, revision: str | None = None, token: str | None =
             do="check the network, or give the folder of a model",
         ) from None
     try:
-        return Path(download(allow_patterns=_choose(names) if weights else ["config.json"]))
+        names = _choose([file.rfilename for file in siblings]) if weights else ["config.json"]
+        return Path(download(allow_patterns=names))
     except Exception as e:  # noqa: BLE001 - as above
         raise _explain(e, model, revision, endpoint) or CheckpointError(
             f"the download of {model} broke off: {e!s:.300}",
@@ -90,7 +91,7 @@ def _explain(error: Exception, model: str, revision: str | None, endpoint: str) 
             f"access to {model} has to be granted first",
             "accept its terms on its page, then give --token or HF_TOKEN",
         )
-    elif isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+    elif isinstance(error, errors.RepositoryNotFoundError):
         what = f"there is neither a folder nor a model called {model}, or it is private"
         do = "check the name; for a private model give --token or HF_TOKEN"
     elif isinstance(error, errors.RevisionNotFoundError):
