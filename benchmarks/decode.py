@@ -57,10 +57,10 @@ def run(work: Path) -> Iterator[Row]:
         ):
             ratio = speed_ratio(seconds, of, to)
             yield Row(what, f">= {reach}", f"{ratio:.3f}", ratio >= reach)
-        yield from _swap(engine, slots, adapter)
+        yield from _swap(engine, adapter)
 
 
-def _swap(engine: Engine, bundle: Path, adapter: str) -> Iterator[Row]:
+def _swap(engine: Engine, adapter: str) -> Iterator[Row]:
     """What a swap adds to the time of the first token."""
     first = engine.bundle.adapter(adapter).path
 

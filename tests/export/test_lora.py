@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -113,8 +114,6 @@ def test_adapters_in_half_precision(copy: Path, model: Path, dtype: torch.dtype)
 
 
 def test_name_hash_and_base(adapter: Path, tmp_path: Path) -> None:
-    import hashlib
-
     found = PeftAdapter.open(adapter)
     assert (found.name, found.base_fingerprint) == ("alice", None)
     assert found.sha256 == hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()

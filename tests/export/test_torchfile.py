@@ -118,3 +118,10 @@ def test_without_torch_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(builtins, "__import__", without_torch)
     with pytest.raises(MissingExtra, match=r"x\.bin needs the 'pth' extra"):
         read_torch(tmp_path / "x.bin")
+
+
+def test_a_torch_that_does_not_tell_where_tensors_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"x": torch.ones(2)}, tmp_path / "x.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: {"x": torch.ones(2)})
+    with pytest.raises(CheckpointError, match=f"torch {torch.__version__.partition('+')[0]}.* does not tell where"):
+        read_torch(tmp_path / "x.bin")

@@ -79,7 +79,7 @@ class Estimate:
     context_length: int
     kv_dtype: str
     disk: int
-    """The weights of the bundle; the tokenizer and the graph add a few MB."""
+    """The tensors of the bundle; tokenizer, graph and golden cases add a few MB."""
     kv_cache: int
     """At the full context."""
     activations: int
@@ -144,7 +144,8 @@ def estimate(
     a = model if isinstance(model, Architecture) else _read(model, context_length, revision, token)
     context_length = min(a.trained_context_length, 2048) if context_length is None else context_length
 
-    tables, read = _weights(a, blockwise, context_length)
+    table, read = _weights(a, blockwise)
+    rotary = (2 if kv_dtype == "fp16" else 4) * context_length * a.head_size
     kv_cache = 2 * a.layers * a.kv_heads * a.head_size * _KV_BYTES[kv_dtype] * context_length
     read_per_token = read + kv_cache // 2
     return Estimate(
@@ -153,7 +154,7 @@ def estimate(
         group_size=blockwise.group_size if blockwise else 0,
         context_length=context_length,
         kv_dtype=kv_dtype,
-        disk=tables + read,
+        disk=table + rotary + read,
         kv_cache=kv_cache,
         activations=_activations(a),
         runtime=RUNTIME_BYTES,
@@ -187,15 +188,13 @@ def _read(model: str | Path, context_length: int | None, revision: str | None, t
     return arch.read(jsonfile.read(config), where=config, context_length=context_length)
 
 
-def _weights(a: Architecture, blockwise: Blockwise | None, context_length: int) -> tuple[int, int]:
-    """Bytes of the embedding and rotary tables, and of what each token reads; a tied head is stored beside the table."""
+def _weights(a: Architecture, blockwise: Blockwise | None) -> tuple[int, int]:
+    """Bytes of the embedding table, and of what each token reads; a tied head is stored beside the table."""
     matrices = [(x.out_features, x.in_features) for x in arch.linears(a)] + [(a.vocab_size, a.hidden_size)]
     norms = 4 * (2 * a.layers + 1) * a.hidden_size
-    rotary = 4 * context_length * a.head_size
     if blockwise is None:
-        return 4 * a.vocab_size * a.hidden_size + rotary, norms + 4 * sum(rows * width for rows, width in matrices)
-    quantized = sum(blockwise.nbytes(rows, width) for rows, width in matrices)
-    return 2 * a.vocab_size * a.hidden_size + rotary, norms + quantized
+        return 4 * a.vocab_size * a.hidden_size, norms + 4 * sum(rows * width for rows, width in matrices)
+    return 2 * a.vocab_size * a.hidden_size, norms + sum(blockwise.nbytes(rows, width) for rows, width in matrices)
 
 
 def _activations(a: Architecture) -> int:

@@ -14,7 +14,7 @@ from crayon_export import tokenizer as source_tokenizer
 from crayon_export.checkpoint import Fingerprint
 from crayon_export.golden import Recording, tolerance
 from crayon_export.lora import PeftAdapter
-from crayon_export.onnx.adapter import write_onnx_adapter
+from crayon_export.onnx.adapter import onnx_tensors
 from crayon_export.onnx.genai import genai_config
 from crayon_export.onnx.graph import LlamaGraph
 from crayon_export.onnx.tensors import ExternalData
@@ -23,6 +23,7 @@ from crayon_export.reference import forward
 from crayon_export.report import Report
 from crayon_export.streaming import WrittenWeights
 from crayon_runtime._version import __version__
+from crayon_runtime.backends.onnx_adapter import write_onnx_adapter
 from crayon_runtime.bundle import Bundle, BundleWriter
 from crayon_runtime.errors import AdapterError
 from crayon_runtime.manifest import (
@@ -177,10 +178,9 @@ def write_adapter(adapter: PeftAdapter, base_fingerprint: str, out: Path, *, rep
         AdapterError: the adapter says that it belongs to another base.
     """
     _check_base(adapter, base_fingerprint)
-    with BundleWriter(out, replace=replace) as writer, tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch, "adapter.onnx_adapter")
-        write_onnx_adapter(adapter, file)
-        writer.add_file("adapter.onnx_adapter", file)
+    with BundleWriter(out, replace=replace) as writer:
+        with writer.open("adapter.onnx_adapter") as file:
+            write_onnx_adapter(file, onnx_tensors(adapter))
         writer.finish(
             AdapterManifest(
                 schema_version=SCHEMA_VERSION,

@@ -128,8 +128,9 @@ class Tensor:
             hashed: Future[None] | None = None
             start = 0
             for bits in self.bit_chunks(max_bytes):
-                if hash is not None:
-                    hashed = pool.submit(hash.update, bits.data)
+                if hashed is not None:
+                    hashed.result()
+                hashed = pool.submit(hash.update, bits.data) if hash is not None else None
                 yield start, self._convert(bits, start)
                 start += len(bits)
             if hashed is not None:

@@ -85,7 +85,9 @@ def _tensor(name: str, value: Any, path: Path) -> Tensor:
         )
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     dtype = names.get(value.dtype, str(value.dtype).removeprefix("torch."))
-    start: int | None = value.untyped_storage()._checkpoint_offset
+    start: int | None = getattr(value.untyped_storage(), "_checkpoint_offset", None)
     if start is None:
-        raise MissingExtra("pth", f"reading {path.name} with a torch that tells where its tensors lie (2.8 or newer)")
+        raise CheckpointError(
+            f"torch {torch.__version__} does not tell where its tensors lie", where=path, do="use torch 2.11 or newer"
+        )
     return Tensor(name, dtype, tuple(value.shape), path, start + int(value.storage_offset()) * value.itemsize)

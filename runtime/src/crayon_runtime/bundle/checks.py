@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from crayon_runtime.backends.onnx_adapter import IDENTIFIER
 from crayon_runtime.bundle.source import MANIFEST, Folder, Source, check_entries, read_head, read_manifest
 from crayon_runtime.bundle.stamp import check_manifest
 from crayon_runtime.errors import IntegrityError, ManifestError
@@ -83,7 +84,7 @@ def _onnx(head: bytes, size: int) -> bool:
 
 def _onnx_adapter(head: bytes, size: int) -> bool:
     """A flatbuffer: the offset of its root, and the identifier that onnxruntime gives it."""
-    return head[4:8] == b"TORT" and int.from_bytes(head[:4], "little") < size
+    return head[4:8] == IDENTIFIER and int.from_bytes(head[:4], "little") < size
 
 
 _FORMATS = {".safetensors": _safetensors, ".onnx": _onnx, ".onnx_adapter": _onnx_adapter}
