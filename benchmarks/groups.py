@@ -27,7 +27,7 @@ def run(work: Path) -> Iterator[Row]:
     engines = {size: Engine.load(bundle, threads=2) for size, bundle in bundles.items()}
 
     def generate(engine: Engine) -> Callable[[], None]:
-        return lambda: engine.generate([1], max_new_tokens=TOKENS) and None
+        return lambda: engine.generate([1], max_new_tokens=TOKENS, ignore_eos=True) and None
 
     seconds = interleaved({str(size): generate(engine) for size, engine in engines.items()}, 9)
     for size, engine in engines.items():

@@ -186,6 +186,13 @@ def test_a_misshapen_tensor(copy: Path) -> None:
     assert e.value.where == str(copy / "model.safetensors")
 
 
+@pytest.mark.parametrize("dtype, name", [(torch.float64, "F64"), (torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_a_dtype_that_cannot_be_read(copy: Path, dtype: torch.dtype, name: str) -> None:
+    edit_weights(copy, model__norm__weight=torch.ones(64).to(dtype))
+    with pytest.raises(UnsupportedModel, match=f"model.norm.weight is stored as {name}; F32, F16 and BF16 can be read"):
+        opened(copy)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

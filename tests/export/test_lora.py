@@ -113,6 +113,12 @@ def test_adapters_in_half_precision(copy: Path, model: Path, dtype: torch.dtype)
     np.testing.assert_array_equal(found.b(Q), expected[key(Q, "B")].float().numpy())
 
 
+def test_a_dtype_that_cannot_be_read(copy: Path) -> None:
+    edit_tensors(copy, lambda t: t.update({n: v.double() for n, v in t.items()}))
+    with pytest.raises(UnsupportedModel, match="is stored as F64"):
+        PeftAdapter.open(copy)
+
+
 def test_name_hash_and_base(adapter: Path, tmp_path: Path) -> None:
     found = PeftAdapter.open(adapter)
     assert (found.name, found.base_fingerprint) == ("alice", None)

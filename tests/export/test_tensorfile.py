@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,22 @@ def test_changing_a_chunk_does_not_change_the_hash(tmp_path: Path, dtype: str) -
         rows[:] = 7
 
     assert sha256.hexdigest() == hashlib.sha256(value.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def test_reading_waits_for_a_hash_that_is_slower(tmp_path: Path) -> None:
+    tensor = one_tensor(tmp_path / "x.safetensors", torch.ones(20, 256))
+
+    class Slow:
+        chunks = 0
+
+        def update(self, data: object) -> None:
+            time.sleep(0.005)
+            self.chunks += 1
+
+    slow = Slow()
+    for i, _ in enumerate(tensor.chunks(hash=slow, max_bytes=1024)):
+        assert slow.chunks >= i
+    assert slow.chunks == 20
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -634,6 +634,13 @@ def test_an_adapter_that_is_not_there(tmp_path: Path) -> None:
     assert e.adapter == "alice", "a failure changes nothing"
 
 
+def test_past_eos_for_measurements() -> None:
+    e = engine([*TOKENIZER.encode("a b", add_bos=False), EOS])
+    g = e.generate("the alarm", max_new_tokens=9, ignore_eos=True)
+    assert (g.generated_tokens, g.finish_reason) == (9, "length")
+    assert EOS in g.token_ids[:-1]
+
+
 # embedding
 
 

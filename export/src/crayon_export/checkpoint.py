@@ -86,7 +86,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: a tensor is missing or has another shape, or there are layers that the config does not know.
-            UnsupportedModel: there are tensors that this architecture has no place for.
+            UnsupportedModel: a dtype cannot be read, or there are tensors that this architecture has no place for.
         """
         wanted = dict(arch.tensors(architecture))
         missing = [name for name in wanted if name not in self.tensors]
@@ -94,6 +94,7 @@ class Checkpoint:
             raise self._missing(missing)
         for name, shape in wanted.items():
             tensor = self.tensors[name]
+            tensor.check_dtype()
             if tensor.shape != shape:
                 raise CheckpointError(
                     f"{name} has the shape {list(tensor.shape)}; config.json makes it {list(shape)}",

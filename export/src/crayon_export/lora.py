@@ -185,6 +185,7 @@ def _pairs(tensors: dict[str, Tensor], file: Path) -> dict[str, tuple[Tensor, Te
                 where=file,
                 do="train without modules_to_save, and without lm_head and embeddings among the targets",
             )
+        tensor.check_dtype()
         found.setdefault(match[1], {})[match[2]] = tensor
     if not found:
         raise CheckpointError("it holds no tensors", where=file)

@@ -63,7 +63,7 @@ class Hash(Protocol):
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file, of dtype F32, F16 or BF16, row-major and little-endian."""
+    """A tensor in a file, row-major and little-endian. It can be read if its dtype is F32, F16 or BF16."""
 
     name: str
     dtype: str
@@ -82,6 +82,15 @@ class Tensor:
     def _row_bytes(self) -> int:
         return math.prod(self.shape[1:]) * _DTYPE_BITS[self.dtype] // 8
 
+    def check_dtype(self) -> None:
+        """UnsupportedModel unless the dtype is one that can be read."""
+        if self.dtype not in _FORMATS:
+            raise UnsupportedModel(
+                f"{self.name} is stored as {self.dtype}; F32, F16 and BF16 can be read",
+                where=self.file,
+                do="use the original checkpoint, not a quantized or converted one",
+            )
+
     def bits(self, start: int, stop: int) -> Bits:
         """Rows of the stored bit patterns, uint16 or uint32 [stop - start, ...].
 
@@ -89,12 +98,7 @@ class Tensor:
             UnsupportedModel: the dtype is none of F32, F16 and BF16.
             CheckpointError: the file ends too early.
         """
-        if self.dtype not in _FORMATS:
-            raise UnsupportedModel(
-                f"{self.name} is stored as {self.dtype}; F32, F16 and BF16 can be read",
-                where=self.file,
-                do="use the original checkpoint, not a quantized or converted one",
-            )
+        self.check_dtype()
         head = self.interleaved_head or 1
         first, last = start // head * head, -(-stop // head) * head
         rows = np.empty((last - first, *self.shape[1:]), _FORMATS[self.dtype].bits)

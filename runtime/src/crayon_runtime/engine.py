@@ -289,7 +289,8 @@ def _answer(
 ) -> Generator[Piece, None, None]:
     """The loop: one piece and one backend call a token. Fills in `generation`."""
     started = perf_counter()
-    backend, end_tokens = engine.backend, engine.tokenizer.info.eos
+    backend = engine.backend
+    end_tokens = () if request.ignore_eos else engine.tokenizer.info.eos
     sampler = Sampler(request.sampling, backend.vocab_size)
     sampler.observe(request.ids)
     decoder, stops = StreamDecoder(engine.tokenizer, continues=True), StopStrings(request.stop)

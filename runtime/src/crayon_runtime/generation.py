@@ -43,6 +43,8 @@ class GenerateOptions(TypedDict, total=False):
     """Set it, from any thread, to end the answer before its next backend call."""
     parse_special: bool
     """Read the text of control tokens in the prompt as those tokens; False. Never do that with text of others."""
+    ignore_eos: bool
+    """Go on past eos tokens, which then have no text: for measurements of a fixed length; False."""
 
 
 class Piece(NamedTuple):

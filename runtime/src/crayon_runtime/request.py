@@ -36,6 +36,7 @@ class Request:
     session: Session | None
     keep: int
     cancelled: Callable[[], bool]
+    ignore_eos: bool
 
     @classmethod
     def check(
@@ -52,6 +53,7 @@ class Request:
         keep: int | None = None,
         cancel: threading.Event | None = None,
         parse_special: bool = False,
+        ignore_eos: bool = False,
         **sampling: Any,
     ) -> Request:
         """Read the keywords of `GenerateOptions`; here are their defaults.
@@ -93,6 +95,7 @@ class Request:
             session=session,
             keep=keep,
             cancelled=cancel.is_set if cancel else _never,
+            ignore_eos=ignore_eos,
         )
 
 
