@@ -118,7 +118,10 @@ def _bare_loop(bundle: Path) -> Callable[[], None]:
         bind(binding.bind_input, f"past_key_values.{name}", array)
         bind(binding.bind_output, f"present.{name}", array)
 
-    def loop(bound: tuple[dict[str, np.ndarray], ...] = (caches, taps)) -> None:  # bound by address: they must stay
+    kept = caches, taps  # bound by address
+
+    def loop() -> None:
+        assert kept
         token[0, 0] = 1
         for length in range(1, TOKENS + 1):
             binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, length), mask.ctypes.data)

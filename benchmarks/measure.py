@@ -9,12 +9,17 @@ import numpy as np
 
 
 def interleaved(runs: dict[str, Callable[[], None]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each call, `repetitions` times, taking turns so that a disturbance hits all alike. One call each warms up."""
+    """Seconds of each call, `repetitions` times, taking turns so that a disturbance hits all alike. One call each warms up.
+
+    Each round begins with another one, so that nobody always comes after the same neighbour.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
     for repetition in range(-1, repetitions):
-        for name, run in runs.items():
+        first = repetition % len(names)
+        for name in names[first:] + names[:first]:
             started = time.perf_counter()
-            run()
+            runs[name]()
             if repetition >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
