@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks.checkpoints import sparse_checkpoint
 from crayon_export import export
+from crayon_export.estimate import weight_bytes
 from crayon_export.quantize import Blockwise
 from crayon_runtime.bundle import Bundle
 from crayon_server.models import load_nano
@@ -29,13 +30,7 @@ def tinyllama(work: Path, *, group_size: int = 32, slots: bool = True) -> Path:
 
 
 def bytes_per_token(bundle: Path) -> int:
-    """Bytes of weights that decoding one token reads: all linear layers and the head; of the embedding, one row."""
-    from crayon_export.architecture import linears
-
+    """Bytes of weights that decoding one token reads: all linear layers, the head and the norms; of the embedding, one row."""
     model = Bundle.open(bundle).model
-    a, q = model.architecture, model.quantization
-    shapes = [(x.out_features, x.in_features) for x in linears(a)] + [(a.vocab_size, a.hidden_size)]
-    if q.weights == "none":
-        return sum(4 * rows * width for rows, width in shapes)
-    blockwise = Blockwise({"int4": 4, "int8": 8}[q.weights], q.group_size)
-    return sum(blockwise.nbytes(rows, width) for rows, width in shapes)
+    blockwise = Blockwise.named(model.quantization.weights, model.quantization.group_size or None)
+    return weight_bytes(model.architecture, blockwise)[1]

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from crayon_export import architecture as arch
 from crayon_export import hub, jsonfile
-from crayon_export.plan import DEFAULT_GROUP_SIZE
-from crayon_export.quantize import GROUP_SIZES, Blockwise
+from crayon_export.plan import context
+from crayon_export.quantize import Blockwise
 from crayon_runtime.errors import InvalidInput
 from crayon_runtime.manifest import Architecture
 from crayon_runtime.probe import read_bandwidth
@@ -135,17 +135,15 @@ def estimate(
         InvalidInput: an option has a value that there is not.
         CheckpointError, UnsupportedModel: as `architecture.read` and `hub.fetch`.
     """
-    blockwise = _format(quantize, group_size)
+    blockwise = Blockwise.named(quantize, group_size)
     if kv_dtype not in _KV_BYTES:
         raise InvalidInput(f"kv_dtype is {kv_dtype!r}, not one of {', '.join(_KV_BYTES)}")
     if device not in (None, THIS_MACHINE, *DEVICES):
         raise InvalidInput(f"there is no device {device!r}", do=f"use one of {', '.join([*DEVICES, THIS_MACHINE])}")
-    if context_length is not None and context_length < 1:
-        raise InvalidInput(f"the context length is {context_length}")
     a = model if isinstance(model, Architecture) else _read(model, context_length, revision, token)
-    context_length = min(a.trained_context_length, 2048) if context_length is None else context_length
+    context_length = context(a, context_length)
 
-    table, read = _weights(a, blockwise)
+    table, read = weight_bytes(a, blockwise)
     rotary = (2 if kv_dtype == "fp16" else 4) * context_length * a.head_size
     kv_cache = 2 * a.layers * a.kv_heads * a.head_size * _KV_BYTES[kv_dtype] * context_length
     read_per_token = read + kv_cache // 2
@@ -175,21 +173,12 @@ def estimate(
 _KV_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 
 
-def _format(quantize: str, group_size: int | None) -> Blockwise | None:
-    if quantize not in ("int4", "int8", "none"):
-        raise InvalidInput(f"quantize is {quantize!r}, not int4, int8 or none")
-    group_size = DEFAULT_GROUP_SIZE if group_size is None else group_size
-    if group_size not in GROUP_SIZES:
-        raise InvalidInput(f"the group size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
-    return None if quantize == "none" else Blockwise(4 if quantize == "int4" else 8, group_size)
-
-
 def _read(model: str | Path, context_length: int | None, revision: str | None, token: str | None) -> Architecture:
     config = hub.fetch(model, revision=revision, token=token, weights=False) / "config.json"
     return arch.read(jsonfile.read(config), where=config, context_length=context_length)
 
 
-def _weights(a: Architecture, blockwise: Blockwise | None) -> tuple[int, int]:
+def weight_bytes(a: Architecture, blockwise: Blockwise | None) -> tuple[int, int]:
     """Bytes of the embedding table, and of what each token reads; a tied head is stored beside the table."""
     matrices = [(x.out_features, x.in_features) for x in arch.linears(a)] + [(a.vocab_size, a.hidden_size)]
     norms = 4 * (2 * a.layers + 1) * a.hidden_size

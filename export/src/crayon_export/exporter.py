@@ -38,7 +38,6 @@ from crayon_runtime.manifest import (
     OnnxAdapterVariant,
     OnnxVariant,
     Producer,
-    Quantization,
     Tap,
     Variants,
 )
@@ -81,7 +80,7 @@ def run(p: ExportPlan, out: Path, *, replace: bool = False, on_bytes: Callable[[
         CheckpointError: a tensor is damaged, or holds NaN or infinity.
     """
     started = time.perf_counter()
-    a = p.architecture
+    a, q = p.architecture, p.quantization
     with BundleWriter(out, replace=replace) as writer, tempfile.TemporaryDirectory() as scratch:
         info = source_tokenizer.convert(p.tokenizer, Path(scratch), model_vocab_size=a.vocab_size)
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -97,7 +96,7 @@ def run(p: ExportPlan, out: Path, *, replace: bool = False, on_bytes: Callable[[
                 fingerprint,
                 data,
                 blockwise=p.blockwise,
-                embedding=p.embedding,
+                embedding=q.embedding,
                 adapters=p.adapters,
                 merged=p.merged,
                 threads=os.cpu_count() or 1,
@@ -110,7 +109,7 @@ def run(p: ExportPlan, out: Path, *, replace: bool = False, on_bytes: Callable[[
             graph = LlamaGraph(
                 a,
                 weights=p.blockwise,
-                embedding=p.embedding,
+                embedding=q.embedding,
                 kv_dtype=p.kv_dtype,
                 slots=p.slots,
                 tap_layer=p.tap_layer,
@@ -125,7 +124,7 @@ def run(p: ExportPlan, out: Path, *, replace: bool = False, on_bytes: Callable[[
             [None, *(adapter.name for adapter in p.adapters)],
             weights.float_streams,
             weights.written_streams,
-            [tolerance("onnx", quantize=p.quantize, kv_dtype=p.kv_dtype)],
+            [tolerance("onnx", quantize=q.weights, kv_dtype=p.kv_dtype)],
         )
         writer.add_bytes("golden.json", cases)
         writer.add_bytes("golden.safetensors", tensors)
@@ -139,8 +138,8 @@ def run(p: ExportPlan, out: Path, *, replace: bool = False, on_bytes: Callable[[
         report = Report(
             model=p.name,
             base_fingerprint=base,
-            quantization=p.quantize,
-            group_size=p.group_size,
+            quantization=q.weights,
+            group_size=q.group_size,
             tensors=weights.reports,
             cases=case_reports,
             bundle_bytes=sum(f.size for f in writer.files),
@@ -155,7 +154,7 @@ def run(p: ExportPlan, out: Path, *, replace: bool = False, on_bytes: Callable[[
                 base_fingerprint=base,
                 producer=PRODUCER,
                 architecture=a,
-                quantization=Quantization(p.quantize, p.group_size, p.embedding),  # type: ignore[arg-type]
+                quantization=q,
                 context_length=p.context_length,
                 kv_dtype=p.kv_dtype,  # type: ignore[arg-type]
                 tokenizer=info,

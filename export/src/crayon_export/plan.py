@@ -12,14 +12,9 @@ import msgspec
 from crayon_export import architecture, hub, lora
 from crayon_export.checkpoint import Checkpoint
 from crayon_export.golden import TEXTS
-from crayon_export.quantize import GROUP_SIZES, Blockwise
+from crayon_export.quantize import Blockwise
 from crayon_runtime.errors import AdapterError, InvalidInput, UnsupportedModel
-from crayon_runtime.manifest import LINEARS, Architecture
-
-DEFAULT_GROUP_SIZE = 32
-"""Our choice: the table of `make bench` shows what larger groups cost on real weights, and what they gain in speed."""
-
-_BITS = {"int4": 4, "int8": 8}
+from crayon_runtime.manifest import LINEARS, Architecture, Quantization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +26,8 @@ class ExportPlan:
     checkpoint: Checkpoint
     architecture: Architecture
     tokenizer: Path
-    quantize: str
-    group_size: int
-    embedding: str
+    blockwise: Blockwise | None
+    """The format of the linear layers; None: float32."""
     context_length: int
     kv_dtype: str
     adapters: list[lora.PeftAdapter]
@@ -43,9 +37,11 @@ class ExportPlan:
     golden_texts: Sequence[tuple[str, str]]
 
     @property
-    def blockwise(self) -> Blockwise | None:
-        """The format of the linear layers; None: float32."""
-        return None if self.quantize == "none" else Blockwise(_BITS[self.quantize], self.group_size)
+    def quantization(self) -> Quantization:
+        """The same, with that of the embedding, in the terms of a manifest."""
+        if self.blockwise is None:
+            return Quantization("none", 0, "fp32")
+        return Quantization("int4" if self.blockwise.bits == 4 else "int8", self.blockwise.group_size, "fp16")
 
     @property
     def weight_bytes(self) -> int:
@@ -66,7 +62,7 @@ class ExportPlan:
             "source": str(self.checkpoint.path),
             "backend": self.backend,
             "architecture": msgspec.to_builtins(self.architecture),
-            "quantization": {"weights": self.quantize, "group_size": self.group_size, "embedding": self.embedding},
+            "quantization": msgspec.to_builtins(self.quantization),
             "context_length": self.context_length,
             "kv_dtype": self.kv_dtype,
             "tokenizer": str(self.tokenizer),
@@ -99,7 +95,7 @@ def plan(
     Args:
         model: a folder with config.json and weights, or a Hub id.
         quantize: "int4", "int8" or "none" (float32).
-        group_size: input columns that share a scale; None: `DEFAULT_GROUP_SIZE`.
+        group_size: input columns that share a scale; None: 32.
         context_length: tokens that the KV cache holds; None: what the model was trained on, at most 2048.
         kv_dtype: "fp32" or "fp16".
         adapters: PEFT folders. They travel inside the bundle, or with `merge` (one only) are added into the weights.
@@ -113,11 +109,7 @@ def plan(
     """
     if backend != "onnx":
         raise InvalidInput(f"there is no exporter for {backend!r}", do="use --backend onnx")
-    if quantize not in (*_BITS, "none"):
-        raise InvalidInput(f"quantize is {quantize!r}, not int4, int8 or none")
-    group_size = DEFAULT_GROUP_SIZE if group_size is None else group_size
-    if group_size not in GROUP_SIZES:
-        raise InvalidInput(f"the group size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
+    blockwise = Blockwise.named(quantize, group_size)
     if kv_dtype not in ("fp32", "fp16"):
         raise InvalidInput(f"a {kv_dtype} KV cache is not available with the onnx backend", do="use fp32 or fp16")
 
@@ -125,7 +117,7 @@ def plan(
     checkpoint = Checkpoint.open(folder)
     a = architecture.read(checkpoint.config, where=folder / "config.json", context_length=context_length)
     checkpoint.check(a)
-    context_length = _context(a, context_length)
+    context_length = context(a, context_length)
     if tap_layer is not None and not 0 <= tap_layer <= a.layers:
         raise InvalidInput(f"tap layer {tap_layer} is not one of 0 to {a.layers}")
 
@@ -143,9 +135,7 @@ def plan(
         checkpoint=checkpoint,
         architecture=a,
         tokenizer=Path(tokenizer) if tokenizer else folder,
-        quantize=quantize,
-        group_size=0 if quantize == "none" else group_size,
-        embedding="fp32" if quantize == "none" else "fp16",
+        blockwise=blockwise,
         context_length=context_length,
         kv_dtype=kv_dtype,
         adapters=[] if merge else opened,
@@ -159,7 +149,8 @@ def plan(
 _DEFAULT_CONTEXT = 2048
 
 
-def _context(a: Architecture, wanted: int | None) -> int:
+def context(a: Architecture, wanted: int | None) -> int:
+    """The context length of an export; None: what the model was trained on, at most 2048."""
     if wanted is None:
         return min(a.trained_context_length, _DEFAULT_CONTEXT)
     if wanted < 1:

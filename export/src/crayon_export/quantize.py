@@ -18,10 +18,18 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from crayon_runtime.errors import InvalidInput
+
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
+
+DEFAULT_GROUP_SIZE = 32
+"""Our choice: the table of `make bench` shows what larger groups cost on real weights, and what they gain in speed."""
+
+BITS = {"int4": 4, "int8": 8}
+"""The formats by the names that users give them; "none" is float32."""
 
 
 class Quantized(NamedTuple):
@@ -38,6 +46,28 @@ class Blockwise(NamedTuple):
 
     bits: int
     group_size: int
+
+    @classmethod
+    def named(cls, quantize: str, group_size: int | None) -> Blockwise | None:
+        """The format that a user asks for; None: float32.
+
+        Args:
+            quantize: "int4", "int8" or "none".
+            group_size: one of `GROUP_SIZES`; None: `DEFAULT_GROUP_SIZE`.
+
+        Raises:
+            InvalidInput: there is no such format.
+        """
+        if quantize not in (*BITS, "none"):
+            raise InvalidInput(f"quantize is {quantize!r}, not {', '.join(BITS)} or none")
+        group_size = DEFAULT_GROUP_SIZE if group_size is None else group_size
+        if group_size not in GROUP_SIZES:
+            raise InvalidInput(f"the group size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
+        return None if quantize == "none" else cls(BITS[quantize], group_size)
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}"
 
     def groups(self, width: int) -> int:
         return -(-width // self.group_size)
