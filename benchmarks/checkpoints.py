@@ -72,7 +72,7 @@ def sparse_checkpoint(folder: Path, name: str, *, layers: int | None = None, ada
 
 def random_adapter(path: Path, architecture: Architecture, rank: int) -> Path:
     """Write a dense PEFT adapter of all linear layers, whose update has about a tenth of a usual weight's size."""
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(1)
     tensors = {}
     for linear in linears(architecture):

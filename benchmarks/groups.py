@@ -19,7 +19,7 @@ SIZES, TOKENS = (32, 64, 128), 24
 def run(work: Path) -> Iterator[Row]:
     models = {"stories260K": STORIES, "nano": load_nano()}
     kl = {
-        (name, size): export(folder, work / f"{name}-g{size}.bundle", group_size=size).report.mean_kl
+        (name, size): export(folder, work / f"{name}-g{size}.bundle", group_size=size, replace=True).report.mean_kl
         for name, folder in models.items()
         for size in SIZES
     }

@@ -26,7 +26,7 @@ STORIES = Path(__file__).parent.parent / "tests/data/stories260K"
 def run(work: Path) -> Iterator[Row]:
     models = {"stories260K": STORIES, "nano": load_nano(), "2 random layers of 7B widths": _wide(work)}
     for name, folder in models.items():
-        bundle = export(folder, work / f"{name}-fp32.bundle", quantize="none", tokenizer=_tokenizer(folder)).bundle
+        bundle = export(folder, work / f"{name}-fp32.bundle", quantize="none", tokenizer=_tokenizer(folder), replace=True).bundle
         cases = _cases(bundle)
         got = _logits(bundle, cases)
         expected = _transformers(folder, cases)
@@ -47,7 +47,7 @@ def _merged(work: Path, name: str, folder: Path) -> Iterator[Row]:
     architecture = read(json.loads((folder / "config.json").read_text()))
     adapter = random_adapter(work / f"{name}-adapter", architecture, 8)
     for quantize in ("none", "int4"):
-        options: dict[str, Any] = {"quantize": quantize, "adapters": [adapter]}
+        options: dict[str, Any] = {"quantize": quantize, "adapters": [adapter], "replace": True}
         attached = export(folder, work / f"{name}-{quantize}-attached.bundle", **options).bundle
         merged = export(folder, work / f"{name}-{quantize}-merged.bundle", merge=True, **options).bundle
         cases = _cases(attached)

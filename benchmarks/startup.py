@@ -36,7 +36,7 @@ def run(work: Path) -> Iterator[Row]:
         f"{seconds:.2f} s, {peak / 1e6:.0f} MB, {'with' if torch else 'no'} torch",
         seconds <= 0.3 and peak <= 60e6 and not torch,
     )
-    bundle = export(load_nano(), work / "startup.bundle").bundle.path
+    bundle = export(load_nano(), work / "startup.bundle", replace=True).bundle.path
     command = [sys.executable, "-m", "crayon_runtime", "run", str(bundle), "set an alarm", "--max-new-tokens", "1"]
     times = []
     for _ in range(7):
