@@ -1,13 +1,23 @@
-"""From a PEFT LoRA to an adapter bundle for a base bundle."""
+"""From a PEFT LoRA to an adapter bundle."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from crayon_export import lora
-from crayon_export.exporter import write_adapter
-from crayon_runtime.bundle import Bundle
+from crayon_export.lora import PeftAdapter
+from crayon_export.onnx.adapter import onnx_tensors
+from crayon_runtime.backends.onnx_adapter import write_onnx_adapter
+from crayon_runtime.bundle import Bundle, BundleWriter
 from crayon_runtime.errors import AdapterError
+from crayon_runtime.manifest import (
+    PRODUCER,
+    SCHEMA_VERSION,
+    AdapterManifest,
+    AdapterTarget,
+    AdapterVariants,
+    OnnxAdapterVariant,
+)
 
 
 def convert_adapter(
@@ -24,6 +34,40 @@ def convert_adapter(
     model = base.model
     if model.adapter_slots is None:
         raise AdapterError("the bundle has no adapter slots", where=base.path, do="export it again with adapter slots")
-    opened = lora.PeftAdapter.open(Path(adapter))
+    opened = PeftAdapter.open(Path(adapter))
     lora.check(opened, model.architecture)
     return write_adapter(opened, model.base_fingerprint, Path(out), replace=replace)
+
+
+def write_adapter(adapter: PeftAdapter, base_fingerprint: str, out: Path, *, replace: bool = False) -> Bundle:
+    """Write a PEFT LoRA as an adapter bundle that fits one base.
+
+    Raises:
+        AdapterError: the adapter says that it belongs to another base.
+    """
+    check_base(adapter, base_fingerprint)
+    with BundleWriter(out, replace=replace) as writer:
+        with writer.open("adapter.onnx_adapter") as file:
+            write_onnx_adapter(file, onnx_tensors(adapter))
+        writer.finish(
+            AdapterManifest(
+                schema_version=SCHEMA_VERSION,
+                name=adapter.name,
+                base_fingerprint=base_fingerprint,
+                producer=PRODUCER,
+                targets=[AdapterTarget(module, target.rank) for module, target in adapter.targets.items()],
+                variants=AdapterVariants(onnx=OnnxAdapterVariant("adapter.onnx_adapter")),
+                files=[],
+            )
+        )
+    return Bundle.open(out)
+
+
+def check_base(adapter: PeftAdapter, base_fingerprint: str) -> None:
+    if adapter.base_fingerprint not in (None, base_fingerprint):
+        raise AdapterError(
+            f"adapter {adapter.name!r} was trained on another base ({str(adapter.base_fingerprint)[:12]}…; "
+            f"this one is {base_fingerprint[:12]}…)",
+            where=adapter.path,
+            do="export the base that it was trained on",
+        )

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from crayon_export import tokenizer as source_tokenizer
+from crayon_export.adapters import check_base, write_adapter
 from crayon_export.checkpoint import Fingerprint
 from crayon_export.golden import Recording, tolerance
-from crayon_export.lora import PeftAdapter
-from crayon_export.onnx.adapter import onnx_tensors
 from crayon_export.onnx.genai import genai_config
 from crayon_export.onnx.graph import LlamaGraph
 from crayon_export.onnx.tensors import ExternalData
@@ -22,29 +21,20 @@ from crayon_export.plan import ExportPlan, plan
 from crayon_export.reference import forward
 from crayon_export.report import Report
 from crayon_export.streaming import WrittenWeights
-from crayon_runtime._version import __version__
-from crayon_runtime.backends.onnx_adapter import write_onnx_adapter
 from crayon_runtime.bundle import Bundle, BundleWriter
-from crayon_runtime.errors import AdapterError
 from crayon_runtime.manifest import (
+    PRODUCER,
     SCHEMA_VERSION,
-    AdapterManifest,
     AdapterSlots,
-    AdapterTarget,
-    AdapterVariants,
     Golden,
     Merged,
     ModelManifest,
-    OnnxAdapterVariant,
     OnnxVariant,
-    Producer,
     Tap,
     Variants,
 )
 from crayon_runtime.probe import peak_memory
 from crayon_runtime.tokenizer import Tokenizer
-
-PRODUCER = Producer("crayon-edge", __version__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +124,7 @@ def run(p: ExportPlan, out: Path, *, replace: bool = False, on_bytes: Callable[[
             nested = write_adapter(adapter, base, Path(scratch, "adapters", adapter.name))
             writer.add_bundle(f"adapters/{adapter.name}", nested)
         if p.merged is not None:
-            _check_base(p.merged, base)
+            check_base(p.merged, base)
         report = Report(
             model=p.name,
             base_fingerprint=base,
@@ -168,37 +158,3 @@ def run(p: ExportPlan, out: Path, *, replace: bool = False, on_bytes: Callable[[
             )
         )
     return Exported(Bundle.open(out), report)
-
-
-def write_adapter(adapter: PeftAdapter, base_fingerprint: str, out: Path, *, replace: bool = False) -> Bundle:
-    """Write a PEFT LoRA as an adapter bundle that fits one base.
-
-    Raises:
-        AdapterError: the adapter says that it belongs to another base.
-    """
-    _check_base(adapter, base_fingerprint)
-    with BundleWriter(out, replace=replace) as writer:
-        with writer.open("adapter.onnx_adapter") as file:
-            write_onnx_adapter(file, onnx_tensors(adapter))
-        writer.finish(
-            AdapterManifest(
-                schema_version=SCHEMA_VERSION,
-                name=adapter.name,
-                base_fingerprint=base_fingerprint,
-                producer=PRODUCER,
-                targets=[AdapterTarget(module, target.rank) for module, target in adapter.targets.items()],
-                variants=AdapterVariants(onnx=OnnxAdapterVariant("adapter.onnx_adapter")),
-                files=[],
-            )
-        )
-    return Bundle.open(out)
-
-
-def _check_base(adapter: PeftAdapter, base_fingerprint: str) -> None:
-    if adapter.base_fingerprint not in (None, base_fingerprint):
-        raise AdapterError(
-            f"adapter {adapter.name!r} was trained on another base ({str(adapter.base_fingerprint)[:12]}…; "
-            f"this one is {base_fingerprint[:12]}…)",
-            where=adapter.path,
-            do="export the base that it was trained on",
-        )

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from crayon_runtime._version import __version__
 from crayon_runtime.errors import ManifestError, SchemaTooNew
 
 SCHEMA_MAJOR, SCHEMA_MINOR = 1, 0
@@ -42,6 +43,9 @@ class File(Struct, frozen=True):
 class Producer(Struct, frozen=True):
     name: str
     version: str
+
+
+PRODUCER = Producer("crayon-edge", __version__)
 
 
 class Rope(Struct, frozen=True):
