@@ -88,8 +88,8 @@ def declared(*extras: str) -> set[str]:
     [
         ("runtime", []),
         ("export", ["export", "pth"]),
-        ("server_tools", ["export", "server"]),
-        ("tests", ["export", "pth", "server", "dev"]),
+        ("server_tools", ["export", "serve", "server"]),
+        ("tests", ["export", "pth", "serve", "server", "dev"]),
         ("benchmarks", ["export", "pth", "server", "dev"]),
     ],
 )
@@ -212,5 +212,5 @@ def test_the_wheel_holds_the_packages_with_their_data_and_asks_for_little(tmp_pa
     required = [line.split(" ", 1)[1] for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     always = {re.split(r"[<>=\[]", line)[0] for line in required if "extra ==" not in line}
     assert always == {
-        "click", "jinja2", "msgspec", "numpy", "onnxruntime", "platformdirs", "rich", "safetensors", "tokenizers",
+        "click", "jinja2", "msgspec", "numpy", "onnxruntime", "platformdirs", "pynacl", "rich", "safetensors", "tokenizers",
     }  # fmt: skip

@@ -674,6 +674,19 @@ def test_embeddings_use_the_adapter() -> None:
     e.set_adapter(ALICE)
     ids = TOKENIZER.encode("the alarm")
     assert np.array_equal(e.embed(["the alarm"])[0], tap(ids, 0, len(ids), ALICE))
+    assert np.array_equal(e.embed(["the alarm"], base=True)[0], tap(ids, 0, len(ids)))
+    assert e.adapter == ALICE.name
+
+
+def test_an_adapter_that_is_read_is_not_yet_set(tmp_path: Path) -> None:
+    e = engine()
+    read = e.read_adapter(Bundle.open(bundles.write_adapter(tmp_path / "a", "alice")))
+    assert (read.name, e.adapter) == ("alice", None)
+    e.set_adapter(read)
+    assert e.adapter == "alice"
+    e.close()
+    with pytest.raises(EngineClosed):
+        e.read_adapter(Bundle.open(tmp_path / "a"))
 
 
 def test_the_answer_tap_is_the_embedding_of_the_answer() -> None:

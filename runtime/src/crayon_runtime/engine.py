@@ -122,13 +122,16 @@ class Engine:
         """
         return self.generate(self.tokenizer.apply_chat_template(messages), **options)
 
-    def embed(self, texts: Sequence[str | tuple[str, str]], *, part: Part = "all") -> npt.NDArray[np.float32]:
+    def embed(
+        self, texts: Sequence[str | tuple[str, str]], *, part: Part = "all", base: bool = False
+    ) -> npt.NDArray[np.float32]:
         """The tapped hidden state of each text, mean over its tokens, computed with the present adapter.
 
         Args:
             texts: n of them: a prompt, or a prompt and the answer that continues it.
             part: which tokens to average over. The bos token is one of the prompt's; a token that holds the end of the prompt and the
                 beginning of the answer is one of the answer's.
+            base: compute with the un-customized model, whatever the present adapter is.
 
         Returns:
             float32 [n, D].
@@ -141,7 +144,7 @@ class Engine:
             raise InvalidInput("embed takes a list of texts", where="texts", do="put the text into a list")
         check_choice("part", part, ("all", "prompt", "answer"))
         means = np.empty((len(texts), self.backend.tap_size), np.float32)
-        adapter = self._adapter
+        adapter = None if base else self._adapter
         session = self._borrow(None)
         try:
             for i, text in enumerate(texts):
@@ -186,6 +189,16 @@ class Engine:
             if isinstance(adapter, Bundle):
                 adapter = self._read_adapter(adapter)
             self._adapter = adapter
+
+    def read_adapter(self, bundle: Bundle) -> Adapter:
+        """Read an adapter bundle without answering with it; unlike with `set_adapter`, the engine does not keep it.
+
+        Raises:
+            AdapterError: it does not fit this model.
+        """
+        with self._lock:
+            self._check_open()
+            return self.backend.read_adapter(bundle)
 
     def close(self) -> None:
         """Free the model and all sessions. Answers that are still running end with `EngineClosed`."""

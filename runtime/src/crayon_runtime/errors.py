@@ -5,6 +5,7 @@
     │   ├── ManifestError      manifest.json is missing, malformed or contradicts itself
     │   ├── SchemaTooNew       the bundle was written by a newer major version
     │   ├── IntegrityError     a file's size or hash is not what the manifest says
+    │   ├── SignatureError     no key that is trusted here has signed the manifest
     │   └── GoldenMismatch     the model runs, but not as its golden cases say
     ├── CheckpointError        a source model or adapter cannot be read, or lies about itself
     ├── UnsupportedModel       readable, but something in it is not supported; it is named
@@ -66,6 +67,10 @@ class SchemaTooNew(BundleError):
 
 class IntegrityError(BundleError):
     """A file's size or hash is not what the manifest says."""
+
+
+class SignatureError(BundleError):
+    """No key that is trusted here has signed the manifest as it is."""
 
 
 class GoldenMismatch(BundleError):

@@ -212,7 +212,7 @@ def parse(document: bytes, *, where: str = "manifest.json") -> Manifest:
         raw = json.loads(document)
     except (ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
         raise ManifestError(f"not JSON: {e}", where=where, do="fetch or export the bundle again") from None
-    _check_version(raw, where)
+    check_version(raw, where)
     try:
         manifest: Manifest = msgspec.convert(raw, Manifest)
     except msgspec.ValidationError as e:
@@ -237,7 +237,8 @@ def schema() -> dict[str, Any]:
     }
 
 
-def _check_version(raw: Any, where: str) -> None:
+def check_version(raw: Any, where: str) -> None:
+    """Refuse a document of a larger major version, or without one."""
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", version) if isinstance(version, str) else None
     if match is None:
@@ -285,7 +286,7 @@ def check_relative(path: str, where: str) -> None:
         or ".." in parts
         or path != str(PurePosixPath(path))
         or path == "."
-        or path.casefold() == "manifest.json"
+        or path.casefold() in ("manifest.json", "signature.json")
         or parts[-1].casefold() == ".installed.json"
     )
     if bad:

@@ -31,7 +31,7 @@ def create(arch: str, out: Path, pretrained: bool, seed: int, force: bool) -> No
     """Write a model folder of ARCH (nano, nano-server) for transformers and `crayon export`."""
     from crayon_server import models
 
-    with _quiet():
+    with quiet():
         models.create(arch, out, pretrained=pretrained, seed=seed, replace=force)
     click.echo(out)
 
@@ -49,7 +49,7 @@ def train(arch: str, out: Path, steps: int | None, seed: int, threads: int | Non
     from crayon_server.models.pretrain import STEPS, pretrain
 
     steps = steps or STEPS
-    with _quiet(), _bar(f"training {arch}", steps) as on_step:
+    with quiet(), _bar(f"training {arch}", steps) as on_step:
         losses = pretrain(arch, out, steps=steps, seed=seed, threads=threads, on_step=on_step, replace=force)
     last = losses[-100:]
     loss = sum(last) / len(last)
@@ -67,7 +67,7 @@ def demo(out: Path, threads: int | None, as_json: bool) -> None:
     """Show the whole story on the embedded model; ends with an HTML report."""
     from crayon_server.demo import run
 
-    with _quiet():
+    with quiet():
         report = run(out, threads=threads, say=note)
     if as_json:
         print_json(report.to_dict())
@@ -82,7 +82,7 @@ def _bar(title: str, steps: int) -> Iterator[OnStep]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' own bars and warnings: they would break into ours."""
     from transformers.utils import logging
 

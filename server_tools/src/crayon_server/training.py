@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from crayon_runtime.errors import InvalidInput
 from crayon_runtime.files import atomic_directory
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     OnStep = Callable[[int, float], None]
     """Called with the number of steps done and the loss of the last."""
+
+Item = TypeVar("Item")
 
 FINAL_RATE = 0.05
 """What the learning rate decays to, as a fraction of its peak."""
@@ -115,7 +117,7 @@ def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
 
-def epochs(texts: Sequence[Tokens], batch_size: int, seed: int) -> Iterator[list[Tokens]]:
+def epochs(texts: Sequence[Item], batch_size: int, seed: int) -> Iterator[list[Item]]:
     """Batches without end, every text once before any comes again."""
     import torch
 
@@ -135,26 +137,28 @@ def train(
     *,
     pad_id: int,
     on_step: OnStep | None = None,
+    parameters: Sequence[torch.nn.Parameter] | None = None,
 ) -> list[float]:
-    """Train the parameters that require gradients, in place.
+    """Train in place.
 
     Args:
         batches: at least `options.steps` of them.
         on_step: called after every step.
+        parameters: what to train; None: what of the model requires gradients.
 
     Returns:
         The loss of each step, in nats per weighted token.
     """
     import torch
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = parameters or [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, options))
     losses: list[float] = []
     model.train()
-    with _threads(options.threads):
+    with threads(options.threads):
         for step in range(options.steps):
             batch = collate(next(batches), pad_id, options.prompt_weight)
             weights = batch.weights[:, 1:]
@@ -259,7 +263,8 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
+    """That many threads for torch; None: as many as it has."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""`.crayon`: a bundle as one file, a zip archive whose entries are stored as they are, the manifest first.
+"""`.crayon`: a bundle as one file, a zip archive whose entries are stored as they are, the manifest and its signature first.
 
 Nothing is compressed: quantized weights do not shrink, a reader in any language can seek to a file, and no archive can unfold to
 more than its own size. Packing the same bundle twice gives the same bytes.
@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
 
 from crayon_runtime.bundle.checks import read_source
-from crayon_runtime.bundle.source import MANIFEST, Entry, Folder, OnBytes, read_file
+from crayon_runtime.bundle.source import MANIFEST, SIGNATURE, Entry, Folder, OnBytes, read_file, read_signature
 from crayon_runtime.errors import BundleError
 from crayon_runtime.files import atomic_file
 
@@ -83,8 +83,11 @@ def pack(bundle: Path, archive: Path, *, on_bytes: OnBytes | None = None) -> Pat
 
     source = Folder(Path(bundle))
     document, manifest = read_source(source)
+    signature = read_signature(source)
     with atomic_file(Path(archive)) as out, zipfile.ZipFile(out, "w") as packed:
         packed.writestr(_info(MANIFEST, len(document)), document)
+        if signature is not None:
+            packed.writestr(_info(SIGNATURE, len(signature)), signature)
         for file in sorted(manifest.files, key=lambda file: file.path):
             with packed.open(_info(file.path, file.size), "w") as entry:
                 for chunk in read_file(source, file):

@@ -15,12 +15,14 @@ from crayon_runtime.bundle.archive import Archive
 from crayon_runtime.bundle.checks import check_folder, read_source
 from crayon_runtime.bundle.source import (
     MANIFEST,
+    SIGNATURE,
     Folder,
     OnBytes,
     Source,
     check_files,
     read_file,
     read_manifest,
+    read_signature,
 )
 from crayon_runtime.bundle.stamp import check_manifest, holds, times, write_stamp
 from crayon_runtime.bundle.writer import new_bundle
@@ -174,6 +176,7 @@ def _is_folder(path: Path) -> bool:
 
 def _install(source: Source, target: Path, replace: bool, on_bytes: OnBytes | None) -> None:
     document, manifest = read_source(source)
+    signature = read_signature(source)
     with new_bundle(target, replace=replace) as folder:
         for file in manifest.files:
             path = folder / file.path
@@ -184,6 +187,8 @@ def _install(source: Source, target: Path, replace: bool, on_bytes: OnBytes | No
                     if on_bytes:
                         on_bytes(len(chunk))
         (folder / MANIFEST).write_bytes(document)
+        if signature is not None:
+            (folder / SIGNATURE).write_bytes(signature)
         check_folder(Folder(folder), manifest, nothing_else=True)
         write_stamp(folder, document, times(folder, manifest))
 
@@ -193,7 +198,7 @@ def _open_archive(path: Path, verify: bool, on_bytes: OnBytes | None) -> Bundle:
 
     with Archive(path) as archive:
         document, manifest = read_source(archive)
-        key = hashlib.sha256(document).hexdigest()[:16]
+        key = hashlib.sha256(document + (read_signature(archive) or b"")).hexdigest()[:16]
         folder = user_cache_path("crayon", appauthor=False) / "bundles" / f"{manifest.name}-{key}"
         try:
             bundle = Bundle.open(folder)

@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
-from crayon_runtime.errors import BundleError, IntegrityError, ManifestError
+from crayon_runtime.errors import BundleError, IntegrityError, ManifestError, SignatureError
 from crayon_runtime.files import CHUNK
 from crayon_runtime.manifest import File, Manifest, ModelManifest
 
 MANIFEST = "manifest.json"
 STAMP = ".installed.json"
+SIGNATURE = "signature.json"
+"""The one file besides the stamp that a manifest cannot list, because it signs the manifest."""
 
 OnBytes = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
 
 _LARGEST_MANIFEST = 16 << 20
+_LARGEST_SIGNATURE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,20 @@ def read_manifest(source: Source, path: str = MANIFEST) -> bytes:
         return b"".join(iter(lambda: file.read(CHUNK), b""))
 
 
+def read_signature(source: Source) -> bytes | None:
+    """The bytes of a bundle's signature.json, which nothing here vouches for; None if it is not signed.
+
+    Raises:
+        SignatureError: it is not a small plain file.
+    """
+    entry = source.entries.get(SIGNATURE)
+    if entry is None:
+        return None
+    if entry.fault or entry.size > _LARGEST_SIGNATURE:
+        raise SignatureError(f"{SIGNATURE} {entry.fault or f'has {entry.size} bytes'}", where=source.path)
+    return read_head(source, SIGNATURE, _LARGEST_SIGNATURE)
+
+
 def read_head(source: Source, path: str, size: int) -> bytes:
     """The first bytes of a file; fewer if it ends before."""
     with _read_errors(source, path), source.open(path) as file:
@@ -118,8 +135,9 @@ def check_entries(source: Source, manifest: Manifest, *, nothing_else: bool) -> 
             continue
         raise IntegrityError(f"{path} {problem}", where=source.path, do=_advice(problem))
     if nothing_else:
+        read_signature(source)
         stamps = [f"{folder}/{STAMP}" for folder in manifest.adapters] if isinstance(manifest, ModelManifest) else []
-        foreign = sorted(source.entries.keys() - listed.keys() - {MANIFEST, STAMP, *stamps})
+        foreign = sorted(source.entries.keys() - listed.keys() - {MANIFEST, STAMP, SIGNATURE, *stamps})
         if foreign:
             fault = source.entries[foreign[0]].fault
             raise IntegrityError(

@@ -17,8 +17,9 @@ from crayon_runtime.manifest import ModelManifest
 @click.option("--golden/--no-golden", default=True, help="Whether to run the model on its golden cases.")
 @click.option("--backend", default="auto", show_default=True, help="What runs the golden cases.")
 @click.option("--threads", type=click.IntRange(min=1), help="Cores to compute on.  [default: all physical ones]")
+@click.option("--keys", type=PATH, help="A keys.json: refuse a bundle that none of its keys has signed.")
 @json_option
-def verify(bundle: Path, golden: bool, backend: str, threads: int | None, as_json: bool) -> None:
+def verify(bundle: Path, golden: bool, backend: str, threads: int | None, keys: Path | None, as_json: bool) -> None:
     """Check a bundle: the hash of every file, then what the model answers.
 
     BUNDLE is a folder or a .crayon archive. The golden cases that travel in a model are run on this machine and compared with
@@ -27,6 +28,12 @@ def verify(bundle: Path, golden: bool, backend: str, threads: int | None, as_jso
     with progress("hashes", _bytes(bundle)) as on_bytes:
         checked = bundles.Bundle.open(bundle, verify=True, on_bytes=on_bytes)
     note(f"{len(checked.manifest.files)} files, {size_text(checked.size)}: sizes and hashes are right")
+    signer = None
+    if keys is not None:
+        from crayon_runtime.signing import TrustedKeys, verify_signature
+
+        signer = verify_signature(checked, TrustedKeys.read(keys)).id
+        note(f"signed by {signer}")
 
     results = None
     if golden and isinstance(checked.manifest, ModelManifest) and checked.manifest.golden is not None:
@@ -43,6 +50,7 @@ def verify(bundle: Path, golden: bool, backend: str, threads: int | None, as_jso
                 "name": checked.manifest.name,
                 "files": len(checked.manifest.files),
                 "bytes": checked.size,
+                "signed_by": signer,
                 "golden": results,
                 "passed": not failed,
             }

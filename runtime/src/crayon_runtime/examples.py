@@ -1,0 +1,150 @@
+"""The examples that a user customizes with: read, and scored. They never leave the device."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import numpy as np
+
+from crayon_runtime.errors import ContextOverflow, InvalidInput
+from crayon_runtime.request import prompt_ids
+from crayon_runtime.session import common_prefix
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from crayon_runtime.backends.base import Adapter
+    from crayon_runtime.engine import Engine
+
+    Floats = npt.NDArray[np.float32]
+    Ids = npt.NDArray[np.int64]
+
+
+class Example(NamedTuple):
+    """A prompt, and how this user wants it answered."""
+
+    prompt: str
+    completion: str
+
+
+class Score(NamedTuple):
+    """How a model does on examples."""
+
+    log_loss: float
+    """Mean over all tokens of the answers, eos included, in nats."""
+    first_logits: Floats
+    """float32 [n, V]: after each prompt."""
+
+
+def read_examples(path: str | os.PathLike[str]) -> list[Example]:
+    """Read a jsonl file of {"prompt", "completion"}; other fields are ignored, and so are empty lines.
+
+    Raises:
+        InvalidInput: the file cannot be read, is not UTF-8 or holds no examples; or a line is not such an object.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as e:
+        raise InvalidInput(f"the examples cannot be read: {e.strerror}", where=path, do="check the path") from None
+    except UnicodeDecodeError as e:
+        raise InvalidInput(f"not UTF-8 at byte {e.start}", where=path, do="convert the file to UTF-8 first") from None
+    lines = enumerate(text.split("\n"), 1)
+    return check_examples(_parse(line, f"{path}:{number}") for number, line in lines if line.strip())
+
+
+def check_examples(examples: Iterable[Sequence[str]]) -> list[Example]:
+    """Refuse, with InvalidInput, pairs that are empty, and their absence."""
+    checked = [Example(*example) for example in examples]
+    for number, example in enumerate(checked, 1):
+        for field, text in example._asdict().items():
+            if not text.strip():
+                raise InvalidInput(
+                    f"its {field} is empty", where=f"example {number}", do="complete it, or leave it out"
+                )
+    if not checked:
+        raise InvalidInput(
+            "there are no examples", where="examples", do='give about ten lines of {"prompt": …, "completion": …}'
+        )
+    return checked
+
+
+def to_jsonl(examples: Iterable[Example]) -> bytes:
+    """As `read_examples` reads them."""
+    return b"".join(msgspec.json.encode(example._asdict()) + b"\n" for example in examples)
+
+
+def answer_log_loss(engine: Engine, examples: Sequence[Sequence[str]], adapter: Adapter | None = None) -> float:
+    """Mean negative log-probability of the answers' tokens, in nats; each token is given all before it (teacher forcing).
+
+    Args:
+        examples: pairs of a prompt and its answer, which ends with the model's first eos token.
+        adapter: what `engine.read_adapter` gave; None: the base. What the engine answers others with does not change.
+
+    Raises:
+        InvalidInput: there are no examples, or one cannot be scored.
+        ContextOverflow: one is longer than the context.
+    """
+    return score(engine, examples, adapter).log_loss
+
+
+def score(engine: Engine, examples: Sequence[Sequence[str]], adapter: Adapter | None = None) -> Score:
+    """As `answer_log_loss`; the tokens of one answer continue its prompt in the KV cache, one call each."""
+    total, count = 0.0, 0
+    first = np.empty((len(examples), engine.backend.vocab_size), np.float32)
+    with engine.session() as session:
+        for i, (head, targets) in enumerate(_token_ids(engine, check_examples(examples))):
+            step = session.prefill(head[session.begin(head, adapter) :])
+            assert step is not None  # nothing cancels it
+            first[i] = step.logits
+            total += _negative_log_probability(step.logits, targets[0])
+            for before, token in pairwise(targets):
+                total += _negative_log_probability(session.decode(before).logits, token)
+            count += len(targets)
+    return Score(total / count, first)
+
+
+def _token_ids(engine: Engine, examples: Sequence[Example]) -> list[tuple[Ids, list[int]]]:
+    """The prompt's ids, int64 [S], and those of the answer, which are those that it has after the prompt."""
+    vocab_size, context_length = engine.backend.vocab_size, engine.backend.context_length
+    split = []
+    for number, (prompt, completion) in enumerate(examples, 1):
+        ids = prompt_ids(prompt + completion, engine.tokenizer, vocab_size)
+        start = common_prefix(ids, prompt_ids(prompt, engine.tokenizer, vocab_size))
+        if not 0 < start < len(ids):
+            raise InvalidInput("its prompt or its completion has no tokens of its own", where=f"example {number}")
+        if len(ids) > context_length:
+            raise ContextOverflow(
+                f"it has {len(ids)} tokens; the context holds {context_length}",
+                where=f"example {number}",
+                do="shorten it, or leave it out",
+            )
+        split.append((ids[:start], [*ids[start:].tolist(), *engine.tokenizer.info.eos[:1]]))
+    return split
+
+
+def _negative_log_probability(logits: Floats, token: int) -> float:
+    highest = logits.max()
+    return float(highest - logits[token]) + float(np.log(np.exp(logits - highest).sum(dtype=np.float64)))
+
+
+def _parse(line: str, where: str) -> Example:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise InvalidInput(f"not JSON: {e}", where=where, do="write one JSON object on each line") from None
+    if not isinstance(value, dict):
+        raise InvalidInput("not a JSON object", where=where, do='write {"prompt": …, "completion": …}')
+    for field in Example._fields:
+        if not isinstance(value.get(field), str):
+            problem = "is not a text" if field in value else "is missing"
+            raise InvalidInput(f'its "{field}" {problem}', where=where, do='write {"prompt": …, "completion": …}')
+        if not value[field].strip():
+            raise InvalidInput(f'its "{field}" is empty', where=where, do="complete it, or leave it out")
+    return Example(value["prompt"], value["completion"])

@@ -1,0 +1,320 @@
+"""A pool: N LoRAs of one base model, and what tells how much a user's texts belong to each of them.
+
+POOL/pool.json                 `PoolManifest`
+POOL/projection.safetensors    float32, the fields of `affinity.Projection`
+POOL/adapters/000/ ...         PEFT folders: adapter_config.json, adapter_model.safetensors
+POOL/typical.jsonl             optional: typical texts of each cluster, {"cluster", "prompt", "completion"}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from crayon_runtime import affinity
+from crayon_runtime.affinity import Projection, Weighting
+from crayon_runtime.blend import Blended, Mode, write_adapter_bundle
+from crayon_runtime.errors import AdapterError, BundleError, IntegrityError, InvalidInput, ManifestError, OutputError
+from crayon_runtime.files import atomic_directory, sha256_file
+from crayon_runtime.manifest import Count, File, Name, Sha256, check_relative, check_version
+from crayon_runtime.mapped import read_mapped
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Matrix = npt.NDArray[Any]
+    Pair = tuple[Matrix, Matrix]
+
+__all__ = [
+    "Blended",
+    "Embedding",
+    "Mode",
+    "Pool",
+    "PoolManifest",
+    "adapter_folder",
+    "pool_version",
+    "write_adapter_bundle",
+    "write_pool",
+]
+
+MANIFEST = "pool.json"
+PROJECTION = "projection.safetensors"
+TYPICAL = "typical.jsonl"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+BASE_FINGERPRINT = "base_fingerprint"
+"""Key of the safetensors metadata by which an adapter names its base."""
+
+
+class Embedding(Struct, frozen=True):
+    """What of a text is embedded, always with the un-customized base."""
+
+    tap_layer: Annotated[int, Meta(ge=0, description="index into transformers' hidden_states")]
+    part: Literal["answer", "all", "prompt"]
+    residual: Annotated[bool, Meta(description="freed of what the prompt predicts; part is then answer")]
+
+
+class PoolManifest(Struct, frozen=True, kw_only=True, tag_field="kind", tag="pool"):
+    """pool.json."""
+
+    schema_version: str
+    name: Name
+    version: Annotated[str, Meta(pattern="^[0-9a-f]{16}$", description="see `pool_version`")] = ""
+    base_fingerprint: Annotated[Sha256, Meta(description="of the base model that all adapters were trained on")]
+    adapters: Count
+    rank: Count
+    scale: Annotated[float, Meta(description="alpha / r: what B A is multiplied by")]
+    targets: Annotated[list[str], Meta(min_length=1, description="modules, as model.layers.0.self_attn.q_proj")]
+    embedding: Embedding
+    dimensions: Annotated[int, Meta(ge=1, description="k, of the space that the indicators are in")]
+    weighting: Weighting
+    blend: Annotated[Mode, Meta(description="how the pool was trained to be blended")]
+    grouped: Annotated[bool, Meta(description="whether the data said which texts belong together")]
+    settings: Annotated[dict[str, Any], Meta(description="every choice and seed of the build")]
+    files: list[File] = []
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A pool whose files are in a folder of this machine. Adapters stay in their files until they are used."""
+
+    path: Path
+    manifest: PoolManifest = field(repr=False)
+    projection: Projection = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = False) -> Pool:
+        """Open a pool and check it: its manifest, the size of every file, and that the adapters are of its base and shape.
+
+        Args:
+            verify: also check every hash.
+
+        Raises:
+            ManifestError: there is no pool, or its manifest contradicts itself.
+            IntegrityError: a file is missing, damaged or of another build.
+            AdapterError: an adapter is of another base.
+        """
+        path = Path(path).resolve()
+        manifest = _read_manifest(path)
+        for file in manifest.files:
+            _check_file(path, file, verify)
+        pool = cls(path, manifest, _read_projection(path / PROJECTION, manifest))
+        for n in range(manifest.adapters):
+            pool.lora(n)
+        return pool
+
+    def lora(self, n: int) -> dict[str, Pair]:
+        """Adapter n: by module A [r, in] and B [out, r], memory-mapped, float32 or float16, without the scale."""
+        if not 0 <= n < self.manifest.adapters:
+            raise InvalidInput(f"there is no adapter {n}; this pool has {self.manifest.adapters}", where=self.path)
+        return self._loras[n]
+
+    def blend(self, alpha: npt.ArrayLike, mode: Mode | None = None, rank: int | None = None) -> Blended:
+        """The adapter of one alpha; nothing is computed before its tensors are asked for.
+
+        Args:
+            alpha: float [N].
+            mode: see `Blended`; None: that which the pool was trained with.
+            rank: of "svd"; None: the rank of one adapter.
+
+        Raises:
+            InvalidInput: alpha, mode or rank cannot be used.
+        """
+        weights = affinity.check_alpha(alpha, self.manifest.adapters, signed=self.manifest.weighting.signed)
+        return Blended.of(
+            [self.lora(n) for n in range(self.manifest.adapters)],
+            weights,
+            self.manifest.scale,
+            mode or self.manifest.blend,
+            rank,
+        )
+
+    def typical(self) -> list[dict[str, Any]]:
+        """The typical texts of the clusters; none if the pool has none."""
+        path = self.path / TYPICAL
+        return [json.loads(line) for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
+
+    @cached_property
+    def _loras(self) -> list[dict[str, Pair]]:
+        return [_read_adapter(self.path / adapter_folder(n), self.manifest) for n in range(self.manifest.adapters)]
+
+
+def adapter_folder(n: int) -> str:
+    """Where adapter n lies, relative to its pool."""
+    return f"adapters/{n:03d}"
+
+
+def pool_version(files: Iterable[File]) -> str:
+    """What tells two builds apart: the first 16 hex digits of the SHA-256 over the sorted lines "path sha256" of the files."""
+    lines = sorted(f"{file.path} {file.sha256}" for file in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def write_pool(
+    out: str | os.PathLike[str],
+    manifest: PoolManifest,
+    projection: Projection,
+    adapters: Iterable[tuple[Mapping[str, Any] | None, Mapping[str, Pair]]],
+    *,
+    typical: Iterable[Mapping[str, Any]] = (),
+    replace: bool = False,
+) -> Pool:
+    """Write a pool; it appears at `out` when it is whole.
+
+    Args:
+        manifest: what the pool says of itself; `version` and `files` are filled in.
+        adapters: for each adapter what its adapter_config.json holds (None: a plain PEFT LoRA of the manifest's rank and scale), and
+            by module A [r, in] and B [out, r], float32 or float16, without the scale. Taken one at a time.
+        typical: lines of typical.jsonl.
+        replace: swap an existing pool at `out` against this one, at the end.
+
+    Raises:
+        OutputError: the target exists, is something else, or cannot be written.
+        BundleError, AdapterError: the arrays are not what the manifest says.
+    """
+    from safetensors.numpy import save_file
+
+    out = Path(out)
+    if replace and out.exists() and not (out / MANIFEST).is_file():
+        raise OutputError("the target exists and is not a pool", where=out, do="choose another path")
+    with atomic_directory(out, replace=replace) as folder:
+        arrays = {f.name: getattr(projection, f.name) for f in fields(projection)}
+        save_file(
+            {k: np.ascontiguousarray(v, np.float32) for k, v in arrays.items() if v is not None}, folder / PROJECTION
+        )
+        for n, (config, tensors) in enumerate(adapters):
+            place = folder / adapter_folder(n)
+            place.mkdir(parents=True)
+            (place / CONFIG).write_text(json.dumps(config or _peft_config(manifest), indent=2, sort_keys=True) + "\n")
+            save_file(_peft_tensors(tensors), place / WEIGHTS, metadata={BASE_FINGERPRINT: manifest.base_fingerprint})
+        if lines := [json.dumps(text, ensure_ascii=False) + "\n" for text in typical]:
+            (folder / TYPICAL).write_text("".join(lines), encoding="utf-8")
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        for path in paths:
+            path.chmod(0o644)  # safetensors writes for its owner alone
+        files = [File(p.relative_to(folder).as_posix(), p.stat().st_size, sha256_file(p)) for p in paths]
+        manifest = msgspec.structs.replace(manifest, version=pool_version(files), files=files)
+        (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
+        Pool.open(folder)
+    return Pool.open(out)
+
+
+def _peft_tensors(tensors: Mapping[str, Pair]) -> dict[str, Matrix]:
+    named = {}
+    for module, (a, b) in tensors.items():
+        named[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a)
+        named[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(b)
+    return named
+
+
+def _peft_config(manifest: PoolManifest) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": manifest.rank,
+        "lora_alpha": manifest.scale * manifest.rank,
+        "target_modules": manifest.targets,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def _read_manifest(path: Path) -> PoolManifest:
+    where = path / MANIFEST
+    try:
+        document = where.read_bytes()
+    except OSError as e:
+        raise ManifestError(f"there is no pool here: {e.strerror}", where=where, do="check the path") from None
+    try:
+        raw = json.loads(document)
+        check_version(raw, str(where))
+        manifest = msgspec.convert(raw, PoolManifest)
+    except (msgspec.ValidationError, RecursionError, ValueError) as e:
+        raise ManifestError(str(e), where=where, do="fetch or build the pool again") from None
+    paths = [file.path for file in manifest.files]
+    for file in paths:
+        check_relative(file, str(where))
+    wanted = {
+        PROJECTION,
+        *(f"{adapter_folder(n)}/{name}" for n in range(manifest.adapters) for name in (CONFIG, WEIGHTS)),
+    }
+    if len(set(paths)) != len(paths) or not wanted <= set(paths):
+        missing = ", ".join(sorted(wanted - set(paths))[:3])
+        raise ManifestError(f"`files` does not list {missing}" if missing else "`files` repeats a path", where=where)
+    if manifest.version != pool_version(manifest.files):
+        raise IntegrityError(
+            f"its version {manifest.version} is not that of its files ({pool_version(manifest.files)})",
+            where=where,
+            do="fetch the pool again; it was changed, or mixed from two builds",
+        )
+    return manifest
+
+
+def _check_file(path: Path, file: File, verify: bool) -> None:
+    try:
+        status = os.lstat(path / file.path)
+    except OSError as e:
+        problem = f"cannot be read: {e.strerror}"
+    else:
+        if not stat.S_ISREG(status.st_mode):
+            problem = "is not a plain file"
+        elif status.st_size != file.size:
+            problem = f"has {status.st_size} bytes; pool.json says {file.size}"
+        elif verify and sha256_file(path / file.path) != file.sha256:
+            problem = "is damaged, or of another build: its SHA-256 is not what pool.json says"
+        else:
+            return
+    raise IntegrityError(f"{file.path} {problem}", where=path, do="fetch or build the pool again")
+
+
+def _read_projection(path: Path, manifest: PoolManifest) -> Projection:
+    tensors, _ = read_mapped(path)
+    d, k = tensors["projection"].shape if "projection" in tensors and tensors["projection"].ndim == 2 else (0, 0)
+    shapes = {"mean": (d,), "projection": (d, manifest.dimensions), "indicators": (manifest.adapters, k)}
+    if manifest.embedding.residual:
+        shapes |= {"prompt_mean": (d,), "answer_mean": (d,), "ridge": (d, d)}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if found != shapes:
+        raise IntegrityError(f"it holds {found}; the manifest asks for {shapes}", where=path, do="build the pool again")
+    arrays = {name: np.array(tensor, np.float32) for name, tensor in tensors.items()}
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise IntegrityError("it holds NaN or infinity", where=path, do="build the pool again")
+    if not np.allclose(np.linalg.norm(arrays["indicators"], axis=1), 1, atol=1e-3):
+        raise IntegrityError("its indicators are not of unit length", where=path, do="build the pool again")
+    return Projection(**arrays)
+
+
+def _read_adapter(folder: Path, manifest: PoolManifest) -> dict[str, Pair]:
+    path = folder / WEIGHTS
+    tensors, metadata = read_mapped(path)
+    base = metadata.get(BASE_FINGERPRINT)
+    if base != manifest.base_fingerprint:
+        raise AdapterError(
+            f"the adapter is of base {str(base)[:12]}…, its pool of {manifest.base_fingerprint[:12]}…",
+            where=path,
+            do="build the pool again; it was mixed from two builds",
+        )
+    pairs: dict[str, Pair] = {}
+    for module in manifest.targets:
+        a, b = (tensors.pop(f"base_model.model.{module}.lora_{side}.weight", None) for side in "AB")
+        if a is None or b is None or not a.ndim == b.ndim == 2 or not a.shape[0] == b.shape[1] == manifest.rank:
+            raise BundleError(
+                f"{module} is not adapted with rank {manifest.rank}", where=path, do="build the pool again"
+            )
+        pairs[module] = a, b
+    if tensors:
+        raise BundleError(f"it adapts {next(iter(tensors))}, which pool.json does not name", where=path)
+    return pairs

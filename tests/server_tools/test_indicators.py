@@ -1,0 +1,123 @@
+"""Indicators: what is fitted is what the equations say, on data whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from crayon_runtime.errors import InvalidInput
+from crayon_server import indicators, models, training
+from crayon_server.data import phone_assistant as pa
+from tests.support import needs
+
+torch = needs.module("torch")
+transformers = needs.module("transformers")
+needs.module("sklearn")
+
+NANO = models.load_nano()
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def grouped(groups: int = 6, each: int = 40, d: int = 12) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Texts that vary most in a direction that says nothing of their group: axis 0. Groups differ along axes 1 and 2."""
+    x = random(groups * each, d) * 0.3
+    x[:, 0] *= 100
+    members = [np.arange(i * each, (i + 1) * each) for i in range(groups)]
+    for i, group in enumerate(members):
+        x[group, 1:3] += 3 * np.array([np.cos(i * 2 * np.pi / groups), np.sin(i * 2 * np.pi / groups)], np.float32)
+    return x, members
+
+
+def test_means_are_those_of_each_text_alone() -> None:
+    """Padding and batches change nothing; the ranges are bos + prompt, and completion without end of sequence."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(NANO)
+    model = transformers.AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32).eval()
+    texts = [training.tokenize(tokenizer, e) for e in pa.benchmark().validation[0].examples]
+    embedded = indicators.embed(model, texts, 3, pad_id=0, batch_size=4)
+    for i, text in enumerate(texts):
+        with torch.inference_mode():
+            states = model(input_ids=torch.tensor([text.ids]), output_hidden_states=True).hidden_states[3][0].numpy()
+        begin = text.in_completion.index(True)
+        for part, tokens in zip(embedded, (states[:begin], states[begin:-1], states[:-1]), strict=True):
+            np.testing.assert_allclose(part[i], tokens.mean(0), atol=2e-5)
+
+
+def test_what_cannot_be_embedded() -> None:
+    with pytest.raises(InvalidInput, match="no texts"):
+        indicators.embed(None, [], 0, pad_id=0)
+    with pytest.raises(InvalidInput, match="completion is empty"):
+        indicators.embed(None, [training.Tokens([1, 5, 2], [False, False, True])], 0, pad_id=0)
+
+
+def test_the_residual_is_free_of_what_the_prompt_predicts() -> None:
+    prompt, own = random(500, 8), random(500, 8, seed=1)
+    answer = prompt @ random(8, 8, seed=2) + 5 + 0.1 * own
+    left = indicators.residual(indicators.fit_residual(prompt, answer), prompt, answer)
+    np.testing.assert_allclose(left, 0.1 * (own - own.mean(0)), atol=0.1)
+    assert abs(np.corrcoef(prompt[:, 0], left[:, 0])[0, 1]) < 0.01
+
+
+def test_the_residual_of_fewer_texts_than_dimensions_is_finite() -> None:
+    parts = indicators.fit_residual(random(3, 16), random(3, 16, seed=1))
+    assert all(np.isfinite(part).all() for part in parts)
+
+
+def test_pca_is_that_of_scikit_learn() -> None:
+    decomposition = needs.module("sklearn.decomposition")
+    x = random(200, 10) * np.arange(1, 11, dtype=np.float32)
+    for whiten in (False, True):
+        axes = indicators.fit_pca(x, 4, whiten=whiten)
+        z, expected = (x - axes.mean) @ axes.projection, decomposition.PCA(4, whiten=whiten).fit_transform(x)
+        np.testing.assert_allclose(np.abs(z), np.abs(expected), rtol=6e-3, atol=1e-2)
+
+
+def test_pca_has_no_more_axes_than_the_data() -> None:
+    x = random(50, 2) @ random(2, 10)
+    assert indicators.fit_pca(x, 8, whiten=True).projection.shape == (10, 2)
+
+
+def test_lda_finds_what_groups_differ_in_and_pca_does_not() -> None:
+    x, members = grouped()
+    lda, pca = indicators.fit_lda(x, members, 2), indicators.fit_pca(x, 2, whiten=False)
+    assert abs(pca.projection[0]).max() > 0.99
+    direction = lda.projection / np.linalg.norm(lda.projection, axis=0)
+    assert abs(direction[0]).max() < 0.05
+    assert np.linalg.norm(direction[1:3], axis=0).min() > 0.9
+
+
+def test_lda_needs_groups() -> None:
+    x, members = grouped()
+    assert indicators.fit_lda(x, members[:3], 8).projection.shape == (12, 2)
+    with pytest.raises(InvalidInput, match="two groups"):
+        indicators.fit_lda(x, members[:1], 2)
+
+
+def test_samples_stay_inside_their_group() -> None:
+    x = np.repeat(np.eye(3, dtype=np.float32), [20, 20, 4], axis=0)
+    members = [np.arange(20), np.arange(20, 40), np.arange(40, 44)]
+    samples = indicators.samples_of_groups(x, members, 10, 2, np.random.default_rng(0))
+    np.testing.assert_array_equal(samples, np.repeat(np.eye(3), 2, axis=0))
+
+
+def test_clusters_are_found_and_indicators_have_unit_length() -> None:
+    x, members = grouped()
+    centres, labels = indicators.cluster(x[:, 1:3], 6, seed=0)
+    np.testing.assert_allclose(np.linalg.norm(centres, axis=1), 1, atol=1e-6)
+    assert [len(set(labels[group])) for group in members] == [1] * 6
+    again, _ = indicators.cluster(x[:, 1:3], 6, seed=0)
+    np.testing.assert_array_equal(centres, again)
+
+
+def test_more_clusters_than_different_texts() -> None:
+    with pytest.raises(InvalidInput, match="3 clusters of 2 different texts"):
+        indicators.cluster(np.repeat(np.eye(2, dtype=np.float32), 5, axis=0), 3, seed=0)
+
+
+def test_texts_that_are_all_equal() -> None:
+    x = np.ones((5, 4), np.float32)
+    with pytest.raises(InvalidInput, match="do not differ"):
+        indicators.check_different(x * (1 + 1e-6 * random(5, 4)))
+    indicators.check_different(x + 0.01 * random(5, 4))
