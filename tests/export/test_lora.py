@@ -20,6 +20,7 @@ from crayon_export.architecture import read
 from crayon_export.checkpoint import Checkpoint
 from crayon_export.lora import PeftAdapter
 from crayon_runtime.errors import AdapterError, CheckpointError, CrayonError, UnsupportedModel
+from crayon_runtime.manifest import BASE_FINGERPRINT
 from tests.export.models import tiny_adapter, tiny_llama
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -126,7 +127,7 @@ def test_name_hash_and_base(adapter: Path, tmp_path: Path) -> None:
 
     path = Path(shutil.copytree(adapter, tmp_path / "..my first LoRA!"))
     file = path / "adapter_model.safetensors"
-    save_file(load_file(file), file, metadata={"format": "pt", lora.BASE_FINGERPRINT: "ab" * 32})
+    save_file(load_file(file), file, metadata={"format": "pt", BASE_FINGERPRINT: "ab" * 32})
     found = PeftAdapter.open(path)
     assert (found.name, found.base_fingerprint) == ("my-first-LoRA-", "ab" * 32)
 

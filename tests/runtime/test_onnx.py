@@ -14,17 +14,9 @@ from crayon_export.exporter import export
 from crayon_runtime import Engine, backends
 from crayon_runtime.backends.fake import FakeAdapter
 from crayon_runtime.backends.onnx import OnnxBackend
-from crayon_runtime.backends.onnx_adapter import Tensor, write_onnx_adapter
-from crayon_runtime.bundle import Bundle, BundleWriter
+from crayon_runtime.backends.onnx_adapter import Tensor
+from crayon_runtime.bundle import Bundle, BundleWriter, write_adapter
 from crayon_runtime.errors import AdapterError, BackendError
-from crayon_runtime.manifest import (
-    PRODUCER,
-    SCHEMA_VERSION,
-    AdapterManifest,
-    AdapterTarget,
-    AdapterVariants,
-    OnnxAdapterVariant,
-)
 from tests.export.models import tiny_adapter, tiny_llama, tiny_tokenizer
 
 CONTEXT = 4096
@@ -45,24 +37,6 @@ def backend(bundle: Bundle) -> OnnxBackend:
     loaded = backends.load(bundle, "onnx", threads=1)
     assert isinstance(loaded, OnnxBackend)
     return loaded
-
-
-def _adapter_bundle(out: Path, base: Bundle, tensors: dict[str, Tensor]) -> Bundle:
-    with BundleWriter(out) as writer:
-        with writer.open("a.onnx_adapter") as file:
-            write_onnx_adapter(file, tensors)
-        writer.finish(
-            AdapterManifest(
-                schema_version=SCHEMA_VERSION,
-                name="mallory",
-                base_fingerprint=base.model.base_fingerprint,
-                producer=PRODUCER,
-                targets=[AdapterTarget(Q, 1)],
-                variants=AdapterVariants(onnx=OnnxAdapterVariant("a.onnx_adapter")),
-                files=[],
-            )
-        )
-    return Bundle.open(out)
 
 
 def _zeros(*shape: int) -> Tensor:
@@ -164,8 +138,10 @@ def test_more_tokens_than_the_cache_holds(backend: OnnxBackend) -> None:
 def test_an_adapter_that_does_not_fit(
     backend: OnnxBackend, bundle: Bundle, tensors: dict[str, Tensor], message: str, tmp_path: Path
 ) -> None:
+    base = bundle.model.base_fingerprint
+    written = write_adapter(tmp_path / "adapter", tensors, name="mallory", base_fingerprint=base)
     with pytest.raises(AdapterError, match=message):
-        backend.read_adapter(_adapter_bundle(tmp_path / "adapter", bundle, tensors))
+        backend.read_adapter(written)
 
 
 def test_an_adapter_of_another_backend(backend: OnnxBackend) -> None:

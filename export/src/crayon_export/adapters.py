@@ -7,17 +7,9 @@ from pathlib import Path
 from crayon_export import lora
 from crayon_export.lora import PeftAdapter
 from crayon_export.onnx.adapter import onnx_tensors
-from crayon_runtime.backends.onnx_adapter import write_onnx_adapter
-from crayon_runtime.bundle import Bundle, BundleWriter
+from crayon_runtime import bundle as bundles
+from crayon_runtime.bundle import Bundle
 from crayon_runtime.errors import AdapterError
-from crayon_runtime.manifest import (
-    PRODUCER,
-    SCHEMA_VERSION,
-    AdapterManifest,
-    AdapterTarget,
-    AdapterVariants,
-    OnnxAdapterVariant,
-)
 
 
 def convert_adapter(
@@ -46,21 +38,9 @@ def write_adapter(adapter: PeftAdapter, base_fingerprint: str, out: Path, *, rep
         AdapterError: the adapter says that it belongs to another base.
     """
     check_base(adapter, base_fingerprint)
-    with BundleWriter(out, replace=replace) as writer:
-        with writer.open("adapter.onnx_adapter") as file:
-            write_onnx_adapter(file, onnx_tensors(adapter))
-        writer.finish(
-            AdapterManifest(
-                schema_version=SCHEMA_VERSION,
-                name=adapter.name,
-                base_fingerprint=base_fingerprint,
-                producer=PRODUCER,
-                targets=[AdapterTarget(module, target.rank) for module, target in adapter.targets.items()],
-                variants=AdapterVariants(onnx=OnnxAdapterVariant("adapter.onnx_adapter")),
-                files=[],
-            )
-        )
-    return Bundle.open(out)
+    return bundles.write_adapter(
+        out, onnx_tensors(adapter), name=adapter.name, base_fingerprint=base_fingerprint, replace=replace
+    )
 
 
 def check_base(adapter: PeftAdapter, base_fingerprint: str) -> None:

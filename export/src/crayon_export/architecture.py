@@ -150,6 +150,11 @@ def tensors(architecture: Architecture) -> list[TensorSpec]:
     ]
 
 
+def parameters(architecture: Architecture) -> int:
+    """How many numbers the model consists of; a tied head is not counted again."""
+    return sum(math.prod(shape) for _, shape in tensors(architecture))
+
+
 def linears(architecture: Architecture) -> list[Linear]:
     """The linear layers of every block, in the order of computation."""
     sizes = _sizes(architecture)

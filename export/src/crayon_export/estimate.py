@@ -148,7 +148,7 @@ def estimate(
     kv_cache = 2 * a.layers * a.kv_heads * a.head_size * _KV_BYTES[kv_dtype] * context_length
     read_per_token = read + kv_cache // 2
     return Estimate(
-        parameters=sum(_elements(shape) for _, shape in arch.tensors(a)),
+        parameters=arch.parameters(a),
         quantize=quantize,
         group_size=blockwise.group_size if blockwise else 0,
         context_length=context_length,
@@ -200,7 +200,3 @@ def _devices(name: str | None, nbytes: int) -> list[tuple[str, Device]]:
     threads = len(os.sched_getaffinity(0))
     measured = Device(read_bandwidth(nbytes, threads), f"measured: a streaming read by {threads} threads")
     return [*known, (THIS_MACHINE, measured)]
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    return shape[0] * (shape[1] if len(shape) == 2 else 1)

@@ -19,10 +19,7 @@ from crayon_export.architecture import linears
 from crayon_export.tensorfile import Floats, Tensor, read_safetensors
 from crayon_export.torchfile import read_torch
 from crayon_runtime.errors import AdapterError, CheckpointError, UnsupportedModel
-from crayon_runtime.manifest import Architecture
-
-BASE_FINGERPRINT = "base_fingerprint"
-"""Key of the safetensors metadata by which an adapter may name its base."""
+from crayon_runtime.manifest import BASE_FINGERPRINT, Architecture
 
 # Fields of an adapter_config.json that may have any value: they are read below, or do not change what the adapter computes.
 _HARMLESS = {

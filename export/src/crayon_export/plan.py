@@ -47,14 +47,8 @@ class ExportPlan:
     def weight_bytes(self) -> int:
         """Bytes of float32 weight that the export handles: what its progress is measured in."""
         a = self.architecture
-        tied = a.vocab_size * a.hidden_size if a.tied_embeddings else 0
-        elements = tied
-        for t in architecture.tensors(a):
-            size = 1
-            for n in t.shape:
-                size *= n
-            elements += size
-        return 4 * elements
+        head = a.vocab_size * a.hidden_size if a.tied_embeddings else 0  # the embedding, once more
+        return 4 * (architecture.parameters(a) + head)
 
     def describe(self) -> dict[str, Any]:
         return {

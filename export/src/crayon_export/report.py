@@ -7,6 +7,8 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from crayon_runtime.cli.common import size_text
+
 
 @dataclass(frozen=True, slots=True)
 class TensorReport:
@@ -63,8 +65,8 @@ class Report:
     def to_text(self) -> str:
         """The report on one screen: errors by kind of layer, and by golden case."""
         lines = [
-            f"{self.model}: {_quantized(self)}, {_size(self.bundle_bytes)}; "
-            f"{self.seconds:.1f} s, peak memory {_size(self.peak_rss_bytes)}",
+            f"{self.model}: {_quantized(self)}, {size_text(self.bundle_bytes)}; "
+            f"{self.seconds:.1f} s, peak memory {size_text(self.peak_rss_bytes)}",
             "",
             f"{'layers':<28}{'stored':>10}{'size':>12}{'rel. error':>12}{'largest':>10}",
         ]
@@ -75,7 +77,7 @@ class Report:
             mean = sum(t.relative_error for t in group) / len(group)
             label = f"{kind} x {len(group)}" if len(group) > 1 else kind
             lines.append(
-                f"{label:<28}{stored_as:>10}{_size(sum(t.bytes for t in group)):>12}"
+                f"{label:<28}{stored_as:>10}{size_text(sum(t.bytes for t in group)):>12}"
                 f"{mean:>12.4f}{max(t.largest_error for t in group):>10.3g}"
             )
         if self.cases:
@@ -90,11 +92,3 @@ class Report:
 
 def _quantized(report: Report) -> str:
     return "float32" if report.quantization == "none" else f"{report.quantization} in groups of {report.group_size}"
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"

@@ -166,7 +166,7 @@ class WrittenWeights:
         self._data.add_chunks(f"{module}.weight_codes", np.uint8, codes, chunks())
         self._data.add(f"{module}.weight_scales", scales)
         nbytes = blockwise.nbytes(rows, width)
-        self.reports.append(error.report(f"{module}.weight", f"int{blockwise.bits}", blockwise.group_size, nbytes))
+        self.reports.append(error.report(f"{module}.weight", blockwise.name, blockwise.group_size, nbytes))
 
     def _weights(self, module: str) -> Iterator[tuple[int, Floats]]:
         """The float weights of a linear layer by rows, with the merged adapter added."""

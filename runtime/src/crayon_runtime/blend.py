@@ -19,22 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from crayon_runtime.backends.onnx_adapter import write_onnx_adapter
-from crayon_runtime.bundle import Bundle, BundleWriter
+from crayon_runtime.bundle import write_adapter
 from crayon_runtime.errors import AdapterError, InvalidInput
-from crayon_runtime.manifest import (
-    PRODUCER,
-    SCHEMA_VERSION,
-    AdapterManifest,
-    AdapterTarget,
-    AdapterVariants,
-    OnnxAdapterVariant,
-)
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from crayon_runtime.backends.onnx_adapter import Tensor
+    from crayon_runtime.bundle import Bundle
 
     Floats = npt.NDArray[np.float32]
     Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]
@@ -165,23 +157,10 @@ def write_adapter_bundle(
         OutputError: the target exists, or cannot be written.
         AdapterError: a module holds NaN or infinity, or there is more than an adapter file holds.
     """
-    out = Path(out)
     shapes = {module: blended.shape(module) for module in blended.tensors}
-    with BundleWriter(out, replace=replace) as writer:
-        with writer.open("adapter.onnx_adapter") as file:
-            write_onnx_adapter(file, _onnx_tensors(blended, shapes))
-        writer.finish(
-            AdapterManifest(
-                schema_version=SCHEMA_VERSION,
-                name=name,
-                base_fingerprint=base_fingerprint,
-                producer=PRODUCER,
-                targets=[AdapterTarget(module, rank) for module, (_, rank, _) in shapes.items()],
-                variants=AdapterVariants(onnx=OnnxAdapterVariant("adapter.onnx_adapter")),
-                files=[],
-            )
-        )
-    return Bundle.open(out)
+    return write_adapter(
+        Path(out), _onnx_tensors(blended, shapes), name=name, base_fingerprint=base_fingerprint, replace=replace
+    )
 
 
 def _onnx_tensors(blended: Blended, shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, Tensor]:

@@ -34,6 +34,10 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 """The linear layers of a block that an adapter may target, in the order of computation."""
 
 
+BASE_FINGERPRINT = "base_fingerprint"
+"""The metadata key by which a PEFT adapter's safetensors file may name its base."""
+
+
 class File(Struct, frozen=True):
     path: Path
     size: Size

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from crayon_runtime.affinity import Projection, Weighting
 from crayon_runtime.blend import Blended, Mode, write_adapter_bundle
 from crayon_runtime.errors import AdapterError, BundleError, IntegrityError, InvalidInput, ManifestError, OutputError
 from crayon_runtime.files import atomic_directory, sha256_file
-from crayon_runtime.manifest import Count, File, Name, Sha256, check_relative, check_version
+from crayon_runtime.manifest import BASE_FINGERPRINT, Count, File, Name, Sha256, check_relative, check_version
 from crayon_runtime.mapped import read_mapped
 
 if TYPE_CHECKING:
@@ -53,8 +53,6 @@ PROJECTION = "projection.safetensors"
 TYPICAL = "typical.jsonl"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-BASE_FINGERPRINT = "base_fingerprint"
-"""Key of the safetensors metadata by which an adapter names its base."""
 
 
 class Embedding(Struct, frozen=True):
@@ -196,7 +194,12 @@ def write_pool(
         for n, (config, tensors) in enumerate(adapters):
             place = folder / adapter_folder(n)
             place.mkdir(parents=True)
-            (place / CONFIG).write_text(json.dumps(config or _peft_config(manifest), indent=2, sort_keys=True) + "\n")
+            (place / CONFIG).write_text(
+                json.dumps(
+                    config or peft_config(manifest.rank, manifest.scale, manifest.targets), indent=2, sort_keys=True
+                )
+                + "\n"
+            )
             save_file(_peft_tensors(tensors), place / WEIGHTS, metadata={BASE_FINGERPRINT: manifest.base_fingerprint})
         if lines := [json.dumps(text, ensure_ascii=False) + "\n" for text in typical]:
             (folder / TYPICAL).write_text("".join(lines), encoding="utf-8")
@@ -218,14 +221,20 @@ def _peft_tensors(tensors: Mapping[str, Pair]) -> dict[str, Matrix]:
     return named
 
 
-def _peft_config(manifest: PoolManifest) -> dict[str, Any]:
+def peft_config(rank: int, scale: float, targets: Sequence[str], *, base: str | None = None) -> dict[str, Any]:
+    """The adapter_config.json of a plain LoRA.
+
+    Args:
+        scale: alpha / r.
+        base: the name of the base model.
+    """
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "r": manifest.rank,
-        "lora_alpha": manifest.scale * manifest.rank,
-        "target_modules": manifest.targets,
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "target_modules": list(targets),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,

@@ -9,7 +9,8 @@ import json
 from typing import TYPE_CHECKING
 
 from crayon_runtime.files import atomic_directory
-from crayon_runtime.pool import BASE_FINGERPRINT
+from crayon_runtime.manifest import BASE_FINGERPRINT
+from crayon_runtime.pool import peft_config
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,18 +51,9 @@ def blend(
             tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(b)
             ranks[module] = len(a)
         smaller = {module: rank for module, rank in ranks.items() if rank != blended.rank}
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": None,
-            "r": blended.rank,
-            "lora_alpha": blended.scale * blended.rank,
+        config = peft_config(blended.rank, blended.scale, pool.manifest.targets) | {
             "rank_pattern": smaller,
             "alpha_pattern": {module: blended.scale * rank for module, rank in smaller.items()},
-            "target_modules": pool.manifest.targets,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "inference_mode": True,
         }
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         weights = folder / "adapter_model.safetensors"

@@ -21,7 +21,7 @@ import numpy as np
 from crayon_runtime.affinity import Projection, Weighting, weights
 from crayon_runtime.errors import InvalidInput, OutputError
 from crayon_runtime.manifest import LINEARS, SCHEMA_VERSION
-from crayon_runtime.pool import Embedding, PoolManifest, write_pool
+from crayon_runtime.pool import Embedding, PoolManifest, peft_config, write_pool
 from crayon_server import indicators, training
 from crayon_server.joint import JointLoras
 
@@ -243,17 +243,7 @@ def build(
         grouped=located.groups is not None,
         settings=chosen,
     )
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model_dir.name,
-        "r": settings.rank,
-        "lora_alpha": settings.scale * settings.rank,
-        "target_modules": list(LINEARS),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-    }
+    config = peft_config(settings.rank, settings.scale, LINEARS, base=model_dir.name)
     adapters = ((config, loras.lora(n)) for n in range(settings.adapters))
     typical = typical_texts(located, texts)
     return write_pool(out, manifest, located.projection, adapters, typical=typical, replace=replace)

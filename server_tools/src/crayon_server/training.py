@@ -238,7 +238,7 @@ def _write_peft(model: peft.PeftModel, model_dir: Path, folder: Path) -> None:
     """A PEFT directory that names its base by fingerprint, and no path of this machine."""
     from safetensors.torch import load_file, save_file
 
-    from crayon_export.lora import BASE_FINGERPRINT
+    from crayon_runtime.manifest import BASE_FINGERPRINT
 
     model.peft_config["default"].base_model_name_or_path = model_dir.name
     model.save_pretrained(str(folder), save_embedding_layers=False)

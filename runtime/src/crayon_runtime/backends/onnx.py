@@ -40,7 +40,6 @@ class OnnxBackend:
         self.kv_shape = (1, model.architecture.kv_heads, model.context_length, model.architecture.head_size)
         self.kv_dtype = _KV_TYPES[model.kv_dtype]
         self._fingerprint = model.base_fingerprint
-        self._mergeable = model.adapter_slots is None
         # Adapter slots are overridable initializers: `get_inputs` does not list them.
         self._slots = {i.name: i.shape for i in session.get_overridable_initializers()}
 
@@ -66,7 +65,7 @@ class OnnxBackend:
     def read_adapter(self, bundle: Bundle) -> OnnxAdapter:
         """Read an adapter bundle; its tensors stay mapped until the adapter is dropped."""
         manifest = bundle.as_adapter
-        if self._mergeable or not self._slots:
+        if not self._slots:
             raise AdapterError(
                 "this model has no adapter slots",
                 where=bundle.path,
