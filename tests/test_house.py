@@ -212,5 +212,5 @@ def test_the_wheel_holds_the_packages_with_their_data_and_asks_for_little(tmp_pa
     required = [line.split(" ", 1)[1] for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     always = {re.split(r"[<>=\[]", line)[0] for line in required if "extra ==" not in line}
     assert always == {
-        "click", "jinja2", "msgspec", "numpy", "onnxruntime", "platformdirs", "pynacl", "rich", "safetensors", "tokenizers",
+        "click", "httpx", "jinja2", "msgspec", "numpy", "onnxruntime", "platformdirs", "pynacl", "rich", "safetensors", "tokenizers",
     }  # fmt: skip

@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner
 
 from crayon_runtime.errors import InvalidInput
-from crayon_server import cli
+from crayon_server.cli import model as cli_model
 from crayon_server.models import load_nano
 
 
 def invoke(*arguments: object):
-    return CliRunner().invoke(cli.model, [str(argument) for argument in arguments])
+    return CliRunner().invoke(cli_model.model, [str(argument) for argument in arguments])
 
 
 def test_create_writes_the_shipped_nano(tmp_path) -> None:
@@ -51,8 +51,6 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
 
 
 def test_importing_the_verbs_is_light() -> None:
-    code = (
-        "import sys, crayon_server.cli, crayon_server.demo; print({'torch', 'transformers', 'peft'} & set(sys.modules))"
-    )
+    code = "import sys, crayon_server.cli.model, crayon_server.demo; print({'torch', 'transformers', 'peft'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -9,11 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from crayon_runtime.errors import InvalidInput
-from crayon_server import cli_pool
+from crayon_server.cli import bench as cli_bench
 from crayon_server.data import phone_assistant as pa
 from crayon_server.evaluate.customization import Customization, run
 from crayon_server.evaluate.exact_match import evaluate_float
-from crayon_server.pool import Settings
+from crayon_server.pool.build import Settings
 from tests.support import needs
 
 needs.module("torch")
@@ -63,13 +63,13 @@ def test_users_and_seeds_that_are_none() -> None:
         run("validation", [1, 1])
     with pytest.raises(InvalidInput, match="no users"):
         Customization([], TINY)
-    assert CliRunner().invoke(cli_pool.bench, ["customization", "--seeds", "one"]).exit_code == 2
+    assert CliRunner().invoke(cli_bench.bench, ["customization", "--seeds", "one"]).exit_code == 2
 
 
 def test_the_command_prints_rows(monkeypatch) -> None:
     row = {"em": 0.5, "em_seen": 0.75, "em_unseen": None, "em_deviation": 0.1, "intent": 1.0, "log_loss": 0.2}
     printed = {"rows": {"crayon": row}, "seeds": [0], "users": "validation", "settings": {}}
     monkeypatch.setattr("crayon_server.evaluate.customization.run", lambda *_, **__: printed)
-    table = CliRunner().invoke(cli_pool.bench, ["customization", "--seeds", "0"])
+    table = CliRunner().invoke(cli_bench.bench, ["customization", "--seeds", "0"])
     assert table.output.splitlines()[1].split() == ["crayon", "0.500", "0.750", "0.100", "1.000", "0.200"]
-    assert json.loads(CliRunner().invoke(cli_pool.bench, ["customization", "--json"]).stdout) == printed
+    assert json.loads(CliRunner().invoke(cli_bench.bench, ["customization", "--json"]).stdout) == printed

@@ -8,7 +8,8 @@ import re
 import pytest
 from click.testing import CliRunner
 
-from crayon_server import cli, demo
+from crayon_server import demo
+from crayon_server.cli import demo as cli_demo
 from tests.support import needs
 
 pytestmark = pytest.mark.slow
@@ -19,7 +20,7 @@ def done(tmp_path_factory):
     for package in ("torch", "transformers", "peft"):
         needs.module(package)
     out = tmp_path_factory.mktemp("demo")
-    result = CliRunner().invoke(cli.demo, ["--out", str(out), "--threads", "1", "--json"], catch_exceptions=False)
+    result = CliRunner().invoke(cli_demo.demo, ["--out", str(out), "--threads", "1", "--json"], catch_exceptions=False)
     return out, json.loads(result.stdout)
 
 

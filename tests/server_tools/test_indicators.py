@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from crayon_runtime.errors import InvalidInput
-from crayon_server import indicators, models, training
+from crayon_server import models, training
 from crayon_server.data import phone_assistant as pa
+from crayon_server.pool import indicators
 from tests.support import needs
 
 torch = needs.module("torch")

@@ -13,11 +13,12 @@ from click.testing import CliRunner
 from crayon_runtime.affinity import alpha as alpha_of
 from crayon_runtime.errors import InvalidInput, OutputError
 from crayon_runtime.pool import Pool
-from crayon_server import cli_pool, models, training
-from crayon_server.blend import blend
+from crayon_server import models, training
+from crayon_server.cli import pool as cli_pool
 from crayon_server.data import phone_assistant as pa
-from crayon_server.joint import JointLoras
-from crayon_server.pool import Pair, Settings, build, locate, read_texts
+from crayon_server.pool.blend import blend
+from crayon_server.pool.build import Pair, Settings, build, locate, read_texts
+from crayon_server.pool.joint import JointLoras
 from tests.support import needs
 
 torch = needs.module("torch")
@@ -143,7 +144,7 @@ def test_recipes_without_groups(tmp_path, recipe) -> None:
 
 def test_alpha_of_a_group_is_its_own(built) -> None:
     """Texts of a source are nearer to what the source was trained with than to uniform weights."""
-    from crayon_server import indicators
+    from crayon_server.pool import indicators
 
     tokenizer, model = transformers.AutoTokenizer.from_pretrained(NANO), base()
     tokens = [training.tokenize(tokenizer, e) for e in TEXTS]
@@ -286,7 +287,7 @@ def test_weights_that_are_no_alpha(built, tmp_path, content: str) -> None:
 
 
 def test_locating_repeats_itself() -> None:
-    from crayon_server.indicators import Embeddings
+    from crayon_server.pool.indicators import Embeddings
 
     rng = np.random.default_rng(0)
     embeddings = Embeddings(*(rng.standard_normal((48, 16)).astype(np.float32) for _ in range(3)))

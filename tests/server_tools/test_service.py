@@ -27,7 +27,7 @@ httpx = needs.module("httpx")
 needs.module("fastapi")
 needs.module("uvicorn")
 
-from crayon_server.cli_serve import _listen, _read_key  # noqa: E402
+from crayon_server.cli.serve import _listen, _read_key  # noqa: E402
 from crayon_server.service import app as service  # noqa: E402
 from crayon_server.service.customizations import Customizations  # noqa: E402
 
@@ -386,7 +386,7 @@ def test_requests_made_from_the_openapi_document(pool: Pool, cache: Path) -> Non
 def test_serve_answers_over_a_socket(
     pool: Pool, keys: KeyStore, tmp_path: Path, ask: Ask, stop: signal.Signals
 ) -> None:
-    program = "import sys; from crayon_server.cli_serve import serve; serve(sys.argv[1:])"
+    program = "import sys; from crayon_server.cli.serve import serve; serve(sys.argv[1:])"
     args = [sys.executable, "-c", program, str(pool.path), "--port", "0", "--keys", str(keys.path)]
     (tmp_path / "temporary").mkdir()
     environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}

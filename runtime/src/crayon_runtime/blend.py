@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from crayon_runtime.backends.onnx_adapter import Tensor
     from crayon_runtime.bundle import Bundle
+    from crayon_runtime.manifest import BlendedFrom
 
     Floats = npt.NDArray[np.float32]
     Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]
@@ -149,6 +150,7 @@ def write_adapter_bundle(
     *,
     name: str,
     base_fingerprint: str,
+    pool: BlendedFrom | None = None,
     replace: bool = False,
 ) -> Bundle:
     """Write a blend as an adapter bundle, one module at a time; it appears at `out` when it is whole.
@@ -159,7 +161,12 @@ def write_adapter_bundle(
     """
     shapes = {module: blended.shape(module) for module in blended.tensors}
     return write_adapter(
-        Path(out), _onnx_tensors(blended, shapes), name=name, base_fingerprint=base_fingerprint, replace=replace
+        Path(out),
+        _onnx_tensors(blended, shapes),
+        name=name,
+        base_fingerprint=base_fingerprint,
+        pool=pool,
+        replace=replace,
     )
 
 

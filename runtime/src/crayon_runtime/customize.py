@@ -131,7 +131,9 @@ def customize(
     fingerprint = pool.manifest.base_fingerprint
 
     def write(weights: Floats, out: Path) -> Bundle:
-        return write_adapter_bundle(pool.blend(weights, blend, rank), out, name=NAME, base_fingerprint=fingerprint)
+        return write_adapter_bundle(
+            pool.blend(weights, blend, rank), out, name=NAME, base_fingerprint=fingerprint, pool=pool.manifest.origin
+        )
 
     def log_loss(weights: Floats) -> float:
         with tempfile.TemporaryDirectory(prefix="crayon-") as scratch:

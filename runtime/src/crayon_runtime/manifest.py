@@ -28,6 +28,8 @@ Count = Annotated[int, Meta(ge=1)]
 Size = Annotated[int, Meta(ge=0, description="bytes")]
 Path = Annotated[str, Meta(min_length=1, description="relative to the bundle, with forward slashes and without '..'")]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+PoolVersion = Annotated[str, Meta(pattern="^[0-9a-f]{16}$", description="of a pool's files; tells builds apart")]
+Serial = Annotated[int, Meta(ge=0, description="of a pool's build, larger for a newer one: Unix time, unless chosen")]
 TokenId = Annotated[int, Meta(ge=0)]
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -186,10 +188,24 @@ class OnnxAdapterVariant(Struct, frozen=True):
         Path,
         Meta(description=".onnx_adapter: MODULE.lora_A.weight [in, r], MODULE.lora_B.weight [r, out], alpha/r in B"),
     ]
+    dtype: Annotated[
+        Literal["fp32", "fp16", "int8"],
+        Meta(
+            description="of the stored A and B. int8: one scale for each rank, MODULE.lora_A.scale and .lora_B.scale [r], float32"
+        ),
+    ] = "fp32"
 
 
 class AdapterVariants(Struct, frozen=True, omit_defaults=True):
     onnx: OnnxAdapterVariant | UnsetType = UNSET
+
+
+class BlendedFrom(Struct, frozen=True):
+    """The pool that an adapter was blended from."""
+
+    name: Name
+    version: PoolVersion
+    serial: Serial
 
 
 class AdapterManifest(Struct, frozen=True, kw_only=True, tag_field="kind", tag="adapter"):
@@ -199,6 +215,7 @@ class AdapterManifest(Struct, frozen=True, kw_only=True, tag_field="kind", tag="
     producer: Producer
     targets: list[AdapterTarget]
     variants: AdapterVariants
+    pool: Annotated[BlendedFrom | None, Meta(description="null: it was not blended")] = None
     files: list[File]
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import stat
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -27,7 +28,18 @@ from crayon_runtime.affinity import Projection, Weighting
 from crayon_runtime.blend import Blended, Mode, write_adapter_bundle
 from crayon_runtime.errors import AdapterError, BundleError, IntegrityError, InvalidInput, ManifestError, OutputError
 from crayon_runtime.files import atomic_directory, sha256_file
-from crayon_runtime.manifest import BASE_FINGERPRINT, Count, File, Name, Sha256, check_relative, check_version
+from crayon_runtime.manifest import (
+    BASE_FINGERPRINT,
+    BlendedFrom,
+    Count,
+    File,
+    Name,
+    PoolVersion,
+    Serial,
+    Sha256,
+    check_relative,
+    check_version,
+)
 from crayon_runtime.mapped import read_mapped
 
 if TYPE_CHECKING:
@@ -68,7 +80,9 @@ class PoolManifest(Struct, frozen=True, kw_only=True, tag_field="kind", tag="poo
 
     schema_version: str
     name: Name
-    version: Annotated[str, Meta(pattern="^[0-9a-f]{16}$", description="see `pool_version`")] = ""
+    version: PoolVersion = ""
+    """See `pool_version`."""
+    serial: Serial = 0
     base_fingerprint: Annotated[Sha256, Meta(description="of the base model that all adapters were trained on")]
     adapters: Count
     rank: Count
@@ -81,6 +95,11 @@ class PoolManifest(Struct, frozen=True, kw_only=True, tag_field="kind", tag="poo
     grouped: Annotated[bool, Meta(description="whether the data said which texts belong together")]
     settings: Annotated[dict[str, Any], Meta(description="every choice and seed of the build")]
     files: list[File] = []
+
+    @property
+    def origin(self) -> BlendedFrom:
+        """What an adapter that is blended from this pool says of it."""
+        return BlendedFrom(self.name, self.version, self.serial)
 
 
 @dataclass(frozen=True)
@@ -171,7 +190,7 @@ def write_pool(
     """Write a pool; it appears at `out` when it is whole.
 
     Args:
-        manifest: what the pool says of itself; `version` and `files` are filled in.
+        manifest: what the pool says of itself; `version` and `files` are filled in, and `serial` if it is 0.
         adapters: for each adapter what its adapter_config.json holds (None: a plain PEFT LoRA of the manifest's rank and scale), and
             by module A [r, in] and B [out, r], float32 or float16, without the scale. Taken one at a time.
         typical: lines of typical.jsonl.
@@ -207,7 +226,9 @@ def write_pool(
         for path in paths:
             path.chmod(0o644)  # safetensors writes for its owner alone
         files = [File(p.relative_to(folder).as_posix(), p.stat().st_size, sha256_file(p)) for p in paths]
-        manifest = msgspec.structs.replace(manifest, version=pool_version(files), files=files)
+        manifest = msgspec.structs.replace(
+            manifest, version=pool_version(files), serial=manifest.serial or int(time.time()), files=files
+        )
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
         Pool.open(folder)
     return Pool.open(out)

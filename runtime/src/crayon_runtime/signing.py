@@ -1,7 +1,7 @@
-"""Who made a bundle: Ed25519 signatures over manifests, the keys of a server, and those that a device trusts.
+"""Who made a bundle or a pool: Ed25519 signatures over manifests, the keys of a server, and those that a device trusts.
 
 A manifest holds the SHA-256 of every other file, so whoever signs its bytes signs the bundle. The signature lies beside it, in
-`signature.json`: the key's id, and the signature in base64. A key's id is the beginning of the SHA-256 of its public half, so an
+`signature.json`: the key's id, and the signature in base64. That of a pool is over its `pool.json`. A key's id is the beginning of the SHA-256 of its public half, so an
 id cannot be given to another key.
 """
 
@@ -108,9 +108,14 @@ def sign(bundle: Bundle, key: SigningKey) -> None:
         SignatureError: the manifest was changed since the bundle was opened.
         OutputError: the folder cannot be written to.
     """
-    signature = Signature(key=key.id, signature=key.sign(_manifest(bundle)))
     with atomic_file(bundle.path / SIGNATURE) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(signature), indent=1) + b"\n")
+        file.write(sign_document(_manifest(bundle), key))
+
+
+def sign_document(document: bytes, key: SigningKey) -> bytes:
+    """The content of a signature.json for a manifest."""
+    signature = Signature(key=key.id, signature=key.sign(document))
+    return msgspec.json.format(msgspec.json.encode(signature), indent=1) + b"\n"
 
 
 def verify_signature(bundle: Bundle, trusted: TrustedKeys) -> Key:
@@ -132,32 +137,48 @@ def verify_signature(bundle: Bundle, trusted: TrustedKeys) -> Key:
             where=bundle.path,
             do="fetch it from a server that signs; or sign it with `crayon keys sign`, if you made it",
         )
+    return verify_document(_manifest(bundle), content, trusted, where=str(bundle.path))
+
+
+def verify_document(document: bytes, signature: bytes, trusted: TrustedKeys, *, where: str) -> Key:
+    """Check that a trusted key has signed a manifest.
+
+    Args:
+        signature: the content of a signature.json.
+        where: what the manifest is of, for errors.
+
+    Returns:
+        The key that signed it.
+
+    Raises:
+        SignatureError: the signature is malformed, of an unknown or a revoked key, or of other bytes.
+    """
     try:
-        signature = msgspec.json.decode(content, type=Signature)
+        read = msgspec.json.decode(signature, type=Signature)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as e:
         raise SignatureError(
-            f"{SIGNATURE} is malformed: {e}", where=bundle.path, do="fetch the bundle again, or sign it again"
+            f"{SIGNATURE} is malformed: {e}", where=where, do="fetch it again, or sign it again"
         ) from None
-    key = trusted.get(signature.key)
+    key = trusted.get(read.key)
     if key is None:
         raise SignatureError(
-            f"the bundle is signed by {signature.key}, which is not a key that is trusted here",
-            where=bundle.path,
+            f"it is signed by {read.key}, which is not a key that is trusted here",
+            where=where,
             do="ask whoever runs the server for its present keys.json; do not take it from the bundle's source",
         )
     if key.revoked is not None:
         raise SignatureError(
-            f"the bundle is signed by {key.id}, which was revoked on {key.revoked:%Y-%m-%d}",
-            where=bundle.path,
+            f"it is signed by {key.id}, which was revoked on {key.revoked:%Y-%m-%d}",
+            where=where,
             do="fetch it again from its server, which signs with another key now",
         )
     try:
-        VerifyKey(key.public).verify(_manifest(bundle), signature.signature)
+        VerifyKey(key.public).verify(document, read.signature)
     except BadSignatureError:
         raise SignatureError(
             f"the manifest is not what {key.id} signed",
-            where=bundle.path,
-            do="fetch the bundle again; if it stays so, somebody changed it on the way",
+            where=where,
+            do="fetch it again; if it stays so, somebody changed it on the way",
         ) from None
     return key
 

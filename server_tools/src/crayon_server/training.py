@@ -82,10 +82,17 @@ class Options:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tokens:
-    prompt = tokenizer(text.prompt, add_special_tokens=True)["input_ids"]
-    completion = tokenizer(text.completion, add_special_tokens=False)["input_ids"]
-    ids = [*prompt, *completion, tokenizer.eos_token_id]
-    return Tokens(ids, [False] * len(prompt) + [True] * (len(ids) - len(prompt)))
+    """Prompt and completion are tokenized as one text; a token that holds the end of one and the beginning of the other is one of
+    the completion's. That is what a device does (`Engine.embed`), so both see the same tokens.
+    """
+    prompt: list[int] = tokenizer(text.prompt)["input_ids"]
+    ids: list[int] = tokenizer(text.prompt + text.completion)["input_ids"]
+    eos = tokenizer.eos_token_id
+    prompt, ids = (
+        row[:-1] if row[-1:] == [eos] else row for row in (prompt, ids)
+    )  # some tokenizers end what they are given
+    begin = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids)))
+    return Tokens([*ids, eos], [i >= begin for i in range(len(ids) + 1)])
 
 
 def join(exchanges: Iterable[Tokens]) -> Tokens:

@@ -15,6 +15,7 @@ from crayon_runtime.manifest import (
     AdapterManifest,
     AdapterTarget,
     AdapterVariants,
+    BlendedFrom,
     OnnxAdapterVariant,
 )
 
@@ -26,12 +27,19 @@ _A = ".lora_A.weight"
 
 
 def write_adapter(
-    out: Path, tensors: Mapping[str, Tensor], *, name: str, base_fingerprint: str, replace: bool = False
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    name: str,
+    base_fingerprint: str,
+    pool: BlendedFrom | None = None,
+    replace: bool = False,
 ) -> Bundle:
     """Write an adapter bundle that fits one base; it appears at `out` when it is whole.
 
     Args:
         tensors: for each target `MODULE.lora_A.weight` [in, r] and `MODULE.lora_B.weight` [r, out], with alpha/r in B.
+        pool: that it was blended from.
 
     Raises:
         OutputError: the target exists, or cannot be written.
@@ -49,6 +57,7 @@ def write_adapter(
                 producer=PRODUCER,
                 targets=[AdapterTarget(module, rank) for module, rank in ranks.items()],
                 variants=AdapterVariants(onnx=OnnxAdapterVariant(_FILE)),
+                pool=pool,
                 files=[],
             )
         )

@@ -30,10 +30,11 @@ import numpy as np
 
 from crayon_runtime.affinity import Weighting, alpha
 from crayon_runtime.errors import InvalidInput
-from crayon_server import indicators, models, training
+from crayon_server import models, training
 from crayon_server.data.phone_assistant import benchmark, more_examples, score
 from crayon_server.evaluate.exact_match import MAX_NEW_TOKENS
-from crayon_server.pool import Settings, locate, part_of, train, training_weights
+from crayon_server.pool import indicators
+from crayon_server.pool.build import Settings, locate, part_of, train, training_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -42,9 +43,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from crayon_server.data.phone_assistant import Example, User
-    from crayon_server.indicators import Embeddings
-    from crayon_server.joint import JointLoras
-    from crayon_server.pool import Recipe
+    from crayon_server.pool.build import Recipe
+    from crayon_server.pool.indicators import Embeddings
+    from crayon_server.pool.joint import JointLoras
     from crayon_server.training import Tokens
 
     Floats = npt.NDArray[np.float32]

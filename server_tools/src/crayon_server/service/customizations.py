@@ -102,6 +102,7 @@ class Customizations:
                 Path(folder) / "adapter",
                 name=f"{manifest.name[:64]}-{manifest.version}-{name[:12]}",
                 base_fingerprint=manifest.base_fingerprint,
+                pool=manifest.origin,
             )
             if self._key is not None:
                 sign(bundle, self._key)

@@ -1,10 +1,10 @@
-"""The verbs of pools: `crayon pool build`, `crayon blend`, `crayon bench customization`."""
+"""crayon pool build, crayon blend."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,16 +12,14 @@ from crayon_runtime.affinity import Weighting
 from crayon_runtime.cli.common import (
     PATH,
     json_option,
-    note,
     print_json,
-    print_table,
     print_text,
     progress,
     size_text,
 )
 from crayon_runtime.errors import InvalidInput
 from crayon_server.cli import quiet
-from crayon_server.pool import TEMPERATURE
+from crayon_server.pool.build import TEMPERATURE
 
 if TYPE_CHECKING:
     from crayon_runtime.pool import Mode
@@ -70,14 +68,15 @@ def build(
     **choices: Any,
 ) -> None:
     """Cluster texts, and train a LoRA for each cluster, all of them together."""
-    from crayon_server import pool as pools
+    from crayon_server.pool.build import Settings, read_texts
+    from crayon_server.pool.build import build as build_pool
 
-    texts, names = pools.read_texts(data)
+    texts, names = read_texts(data)
     if groups and names is None:
         raise InvalidInput('not every line has a "group"', where=data, do="give every line one, or leave out --groups")
-    settings = pools.Settings(weighting=Weighting(temperature=temperature), **choices)
+    settings = Settings(weighting=Weighting(temperature=temperature), **choices)
     with quiet(), progress("training the pool", settings.steps, unit="steps") as advance:
-        built = pools.build(
+        built = build_pool(
             model_dir,
             texts,
             out,
@@ -110,7 +109,7 @@ def blend(
 ) -> None:
     """Blend a pool's LoRAs into one PEFT adapter."""
     from crayon_runtime.pool import Pool
-    from crayon_server.blend import blend, size
+    from crayon_server.pool.blend import blend, size
 
     try:
         alpha = json.loads(weights.read_bytes())
@@ -126,39 +125,3 @@ def blend(
         print_text(
             f"{blended.mode}, rank {blended.rank}, {size_text(written)}; {error:.3f} from sum alpha_n B_n A_n\n{out}"
         )
-
-
-@click.group()
-def bench() -> None:
-    """Measure what customization gains."""
-
-
-@bench.command()
-@click.option("--users", type=click.Choice(["validation", "test"]), default="validation", show_default=True)
-@click.option("--seeds", default="0,1,2", show_default=True, help="Of the training, separated by commas.")
-@click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True, help="Of every training.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
-@json_option
-def customization(
-    users: Literal["validation", "test"], seeds: str, steps: int, threads: int | None, as_json: bool
-) -> None:
-    """Ten examples of a phone-assistant user: a pool against one LoRA, and what lies between."""
-    from crayon_server.evaluate.customization import run
-    from crayon_server.pool import Settings
-
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise click.BadParameter("integers separated by commas", param_hint="--seeds") from None
-    with quiet():
-        result = run(users, numbers, Settings(steps=steps, threads=threads), say=note)
-    if as_json:
-        print_json(result)
-        return
-    columns = ("em", "em_seen", "em_unseen", "em_deviation", "intent", "log_loss")
-    rows = ([name, *(_cell(row[column]) for column in columns)] for name, row in result["rows"].items())
-    print_table(["row", *columns], rows)
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"

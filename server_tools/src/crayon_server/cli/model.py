@@ -1,4 +1,4 @@
-"""The server's verbs: `crayon model create`, `crayon model train`, `crayon demo`."""
+"""crayon model create, crayon model train."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from crayon_runtime.cli.common import PATH, json_option, note, print_json, progress
+from crayon_runtime.cli.common import PATH, json_option, print_json, progress
+from crayon_server.cli import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,38 +60,7 @@ def train(arch: str, out: Path, steps: int | None, seed: int, threads: int | Non
         click.echo(f"loss {loss:.3f} nats per token, mean of the last {len(last)} steps\n{out}")
 
 
-@click.command()
-@click.option("--out", type=PATH, default=Path("demo"), show_default=True, help="The folder for bundle and report.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: 1 to train, all to answer]")
-@json_option
-def demo(out: Path, threads: int | None, as_json: bool) -> None:
-    """Show the whole story on the embedded model; ends with an HTML report."""
-    from crayon_server.demo import run
-
-    with quiet():
-        report = run(out, threads=threads, say=note)
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        click.echo(f"{report.to_text()}\n\nreport: {(out / 'report.html').resolve()}")
-
-
 @contextmanager
 def _bar(title: str, steps: int) -> Iterator[OnStep]:
     with progress(title, steps, unit="steps") as advance:
         yield lambda _step, _loss: advance(1)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' own bars and warnings: they would break into ours."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()

@@ -22,8 +22,9 @@ from crayon_runtime.affinity import Projection, Weighting, weights
 from crayon_runtime.errors import InvalidInput, OutputError
 from crayon_runtime.manifest import LINEARS, SCHEMA_VERSION
 from crayon_runtime.pool import Embedding, PoolManifest, peft_config, write_pool
-from crayon_server import indicators, training
-from crayon_server.joint import JointLoras
+from crayon_server import training
+from crayon_server.pool import indicators
+from crayon_server.pool.joint import JointLoras
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     import torch
 
     from crayon_runtime.pool import Pool
-    from crayon_server.indicators import Embeddings, Indices
-    from crayon_server.joint import Weights
+    from crayon_server.pool.indicators import Embeddings, Indices
+    from crayon_server.pool.joint import Weights
     from crayon_server.training import OnStep, Text, Tokens
 
     Floats = npt.NDArray[np.float32]
