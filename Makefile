@@ -22,7 +22,7 @@ ORT := $(VENV)/onnxruntime-$(ORT_OLDEST)
 .PHONY: help demo test lint bench docs format constraints clean
 
 help:
-	@echo 'make demo         train two LoRAs, export int4, run and swap them; ends with the place of its report'
+	@echo 'make demo         export, build a pool, serve it, three users customize; ends with the place of its report'
 	@echo 'make test         every test; ARGS="-m \"not slow\"" or ARGS=tests/runtime for some of them'
 	@echo 'make lint         ruff and mypy'
 	@echo 'make bench        the table of numbers of this machine'

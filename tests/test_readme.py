@@ -27,7 +27,7 @@ FENCE = re.compile(
 )
 
 LANGUAGES = {"console", "python"}
-NOT_CODE = {"json", "jinja", "kotlin", "text", "toml"}
+NOT_CODE = {"json", "jinja", "kotlin", "text", "toml", "yaml"}
 
 
 @dataclass(frozen=True)

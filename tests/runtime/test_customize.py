@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,13 +22,25 @@ from crayon_runtime import affinity
 from crayon_runtime.affinity import Projection
 from crayon_runtime.bundle import Bundle
 from crayon_runtime.cli.customize import customize as command
-from crayon_runtime.customize import Customization, customize, disguise, kept_examples, read_state, state_folder
+from crayon_runtime.customize import (
+    Customization,
+    Settings,
+    alpha_of,
+    customize,
+    disguise,
+    kept_examples,
+    read_state,
+    state_folder,
+)
+from crayon_runtime.customized import current, made_from
 from crayon_runtime.engine import Engine
 from crayon_runtime.errors import AdapterError, CrayonError, InvalidInput, ManifestError, OutputError
 from crayon_runtime.examples import Example, answer_log_loss
 from crayon_runtime.pool import Embedding, Pool, write_adapter_bundle
+from crayon_runtime.remote import PoolClient
+from crayon_runtime.signing import KeyStore
 from tests.export.models import TEXT, tiny_llama, tiny_tokenizer
-from tests.runtime import bundles, pools
+from tests.runtime import bundles, pools, services, tiny
 from tests.support import ROOT, needs
 
 SHAPES = {
@@ -141,7 +154,8 @@ def test_examples_lead_to_the_adapter_that_they_come_from(
         engine.embed(examples, part="prompt", base=True),
         engine.embed(examples, part="answer", base=True),
     )
-    np.testing.assert_allclose(result.alpha, expected, rtol=1e-5)
+    np.testing.assert_allclose(result.alpha, expected, rtol=1e-4)
+    np.testing.assert_allclose(alpha_of(engine, examples, pool.manifest, pool.projection), expected, rtol=1e-6)
     assert int(np.argmax(result.alpha)) == RIGHT
     assert result.alpha[RIGHT] > 0.99
     assert result.log_loss == pytest.approx(answer_log_loss(engine, examples, engine.read_adapter(right)), rel=0.02)
@@ -168,6 +182,25 @@ def test_examples_lead_to_the_adapter_that_they_come_from(
     state = read_state(folder)
     assert (state.pool_version, state.alpha, state.refined) == (pool.manifest.version, result.alpha, False)
     assert state.log_loss == result.log_loss
+
+
+@pytest.mark.parametrize("dtype, near", [("fp32", 1e-4), ("fp16", 3e-3), ("int8", 3e-2)])
+def test_a_service_makes_what_the_device_makes_of_the_same_pool(
+    engine: Engine, examples: list[Example], pool: Pool, dtype: Any, near: float, tmp_path: Path
+) -> None:
+    keys = KeyStore.create(tmp_path / "keys")
+    here = customize(engine, examples, pool, folder=tmp_path / "here", digits=4)
+    with (
+        services.real(pool, keys, tmp_path / "archives") as url,
+        PoolClient(url, trusted=keys.trusted) as client,
+    ):
+        there = customize(engine, examples, client, folder=tmp_path / "there", dtype=dtype)
+    assert there.installed
+    assert there.alpha == here.alpha
+    assert there.sent == here.sent | {"dtype": dtype}
+    assert there.log_loss == pytest.approx(here.log_loss, rel=near)
+    assert there.logit_change == pytest.approx(here.logit_change, rel=10 * near)
+    assert Bundle.open(tmp_path / "there/adapter").as_adapter.pool == pool.manifest.origin
 
 
 def test_it_is_there_after_a_restart(engine: Engine, examples: list[Example], pool: Pool, tmp_path: Path) -> None:
@@ -324,6 +357,35 @@ def test_an_earlier_adapter_of_another_base_is_replaced_and_said(
     assert result.log_loss_before == result.log_loss_base
 
 
+def test_an_earlier_adapter_of_another_base_does_not_stay_in_use(
+    engine: Engine, own: list[Example], loras: list[pools.Lora], tmp_path: Path
+) -> None:
+    pool, folder = near(engine, own, tmp_path / "pool", adapters=loras), tmp_path / "customized"
+    folder.mkdir()
+    bundles.write_adapter(folder / "adapter")
+    (folder / "state.json").touch()
+    before = bundles.contents(folder)
+    result = customize(engine, own, pool, folder=folder)
+    assert (result.installed, result.adapter) == (False, None)
+    assert "the base model's is" in result.reason
+    assert "the earlier adapter does not fit this model" in result.reason
+    assert bundles.contents(folder) == before
+
+
+def test_state_of_an_earlier_version(engine: Engine, examples: list[Example], pool: Pool, tmp_path: Path) -> None:
+    folder = tmp_path / "customized"
+    customize(engine, examples, pool, folder=folder)
+    state = json.loads((folder / "state.json").read_bytes())
+    for name in ("settings", "made_from", "newest_serial"):
+        del state[name]
+    (folder / "state.json").write_text(json.dumps(state))
+    assert read_state(folder).newest_serial == 0
+    assert current(folder, "") is not None
+    assert customize(engine, examples, pool, folder=folder).installed
+    assert current(folder, "") is None
+    assert current(folder, made_from(base_of(engine.bundle), examples, pool.manifest, Settings()))  # type: ignore[arg-type]
+
+
 def test_nothing_else_is_ever_replaced(engine: Engine, examples: list[Example], pool: Pool, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home/letter").touch()
@@ -414,6 +476,33 @@ def test_a_device_that_dies_comes_back_with_the_old_or_the_new_adapter(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["customized", "pool"]
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        "kill",
+        "full",
+        pytest.param("kill without-exchange", marks=pytest.mark.slow),
+        pytest.param("kill service", marks=pytest.mark.slow),
+        pytest.param("full service", marks=pytest.mark.slow),
+    ],
+)
+def test_a_device_that_fails_at_any_file_operation(how: str, tmp_path: Path) -> None:
+    """See `tests.runtime.dying`."""
+    tiny.bundle(tmp_path)
+    pool = pools.write(tmp_path / "pool")
+    (tmp_path / "service").mkdir()
+    kind, *options = how.split()
+    with services.Service(pool, None, tmp_path / "service") as service:
+        source = service.url if "service" in options else str(pool.path)
+        options = [option for option in options if option != "service"]
+        program = [sys.executable, "-m", "tests.runtime.dying", kind, *options, str(tmp_path), source]
+        done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    operations, old, new = map(int, re.findall(r"\d+", done.stdout))
+    assert operations > 30
+    assert min(old, new) > 5
+
+
 def call(*arguments: object) -> Any:
     return CliRunner(catch_exceptions=False).invoke(command, [*map(str, arguments)])
 
@@ -429,7 +518,7 @@ def test_the_command(exported: Bundle, examples: list[Example], pool: Pool, tmp_
     folder = tmp_path / "bundle.customized"
     assert f"crayon run {bundle} --adapter {folder / 'adapter'} PROMPT" in shown.stdout
     assert "without noise and rounding" in shown.stdout
-    assert "a server would be sent 3 numbers" in shown.stderr
+    assert "a service would be sent 3 numbers" in shown.stderr
     assert "fingerprint" in shown.stderr
     assert state_folder(bundle) == folder
     whole(folder)
@@ -438,8 +527,16 @@ def test_the_command(exported: Bundle, examples: list[Example], pool: Pool, tmp_
     assert again.exit_code == 0, again.output
     result = json.loads(again.stdout)
     assert result["installed"] is True
-    assert set(result) == set(Customization.__dataclass_fields__)
+    assert set(result) == {*Customization.__dataclass_fields__, "up_to_date"}
     assert result["adapter"] == str(folder / "adapter")
+    assert (result["sent_bytes"], result["received_bytes"]) == (0, 0)
+    assert list(result["seconds"]) == ["load", "embed", "alpha", "blend", "prove", "swap"]
+
+    nothing_new = call(bundle, "--pool", pool.path, "--threads", 1)
+    assert nothing_new.exit_code == 0
+    assert "already customized with pool random" in nothing_new.stdout
+    assert "log-loss" not in nothing_new.stdout
+    assert "log-loss" in call(bundle, "--pool", pool.path, "--threads", 1, "--again").stdout
 
 
 def test_the_command_says_when_it_kept_the_old(

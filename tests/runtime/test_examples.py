@@ -55,6 +55,13 @@ def test_a_prompt_is_fed_at_once_and_only_its_new_part() -> None:
     assert fake(engine).calls["decode"] == answers
 
 
+def test_the_means_are_those_of_embed() -> None:
+    engine = tiny.engine(logits)
+    found = score(engine, EXAMPLES).means
+    for part in ("prompt", "answer", "all"):
+        np.testing.assert_allclose(found[part], engine.embed(EXAMPLES, part=part), rtol=1e-6)
+
+
 def test_logits_that_are_far_apart() -> None:
     engine = tiny.engine(lambda tokens, adapter: np.float32([1e30] + [-1e30] * (VOCAB_SIZE - 1)))
     assert answer_log_loss(engine, EXAMPLES) == pytest.approx(2e30)

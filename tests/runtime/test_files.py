@@ -263,3 +263,18 @@ def test_sha256_of_a_file(tmp_path: Path, size: int) -> None:
     done: list[int] = []
     assert sha256_file(tmp_path / "file", done.append) == hashlib.sha256(content).hexdigest()
     assert sum(done) == size
+
+
+def test_what_a_dead_writer_had_moved_aside_comes_back(tmp_path: Path) -> None:
+    target, aside = tmp_path / "target", tmp_path / ".target.replaced-0123abcd"
+    aside.mkdir()
+    (aside / "old").touch()
+    (tmp_path / ".target.replaced-by-me").touch()
+    files.recover(target)
+    assert [path.name for path in target.iterdir()] == ["old"]
+    aside.mkdir()
+    with files.atomic_directory(target, replace=True) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".target.replaced-by-me", "target"]
+    files.recover(tmp_path / "nowhere/target")

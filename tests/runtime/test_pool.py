@@ -46,14 +46,14 @@ def exact(module: str) -> np.ndarray:
 def test_what_was_written_is_read(pool: Pool) -> None:
     opened = Pool.open(pool.path, verify=True)
     assert opened.manifest == pool.manifest
-    assert opened.manifest.version == pool_version(opened.manifest.files)
+    assert opened.manifest.version == pool_version(opened.manifest)
     for name, array in vars(pools.projection()).items():
         np.testing.assert_array_equal(getattr(opened.projection, name), array)
     for n, lora in enumerate(pools.loras()):
         for module, pair in lora.items():
             for found, written in zip(opened.lora(n)[module], pair, strict=True):
                 np.testing.assert_array_equal(found, written)
-                assert isinstance(found, np.memmap)
+                assert isinstance(found.base.base, np.memmap)
     assert opened.typical() == []
     with pytest.raises(InvalidInput, match="no adapter 3"):
         opened.lora(3)
@@ -226,7 +226,8 @@ def test_an_adapter_of_another_base(pool: Pool, tmp_path: Path) -> None:
         (lambda p: p.update(adapters=4), ManifestError, "does not list adapters/003"),
         (lambda p: p.update(adapters=2), IntegrityError, "indicators"),
         (lambda p: p.update(dimensions=5), IntegrityError, "projection"),
-        (lambda p: p["embedding"].update(residual=False), IntegrityError, "ridge"),
+        (lambda p: p["embedding"].update(residual=False), IntegrityError, "its version"),
+        (lambda p: p["weighting"].update(temperature=0.5), IntegrityError, "its version"),
         (lambda p: p["weighting"].update(temperature=-1), ManifestError, "temperature"),
         (lambda p: p.update(kind="model"), ManifestError, "kind|model"),
         (lambda p: p["files"][0].update(path="../x"), ManifestError, "not a plain relative path"),

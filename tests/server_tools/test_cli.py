@@ -51,6 +51,6 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
 
 
 def test_importing_the_verbs_is_light() -> None:
-    code = "import sys, crayon_server.cli.model, crayon_server.demo; print({'torch', 'transformers', 'peft'} & set(sys.modules))"
+    code = "import sys, crayon_server.cli.model, crayon_server.demo.story; print({'torch', 'transformers', 'peft'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

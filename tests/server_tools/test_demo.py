@@ -1,76 +1,434 @@
-"""`crayon demo`, in full: two LoRAs, an int4 bundle, a process without torch, a report."""
+"""`crayon demo`: service, relay and device are real processes; only the training is short."""
 
 from __future__ import annotations
 
 import json
 import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from crayon_server import demo
-from crayon_server.cli import demo as cli_demo
+from crayon_runtime.bundle import Bundle
+from crayon_runtime.customize import PARTS as MEASURED
+from crayon_runtime.errors import BackendError, OutputError
+from crayon_runtime.pool import Pool
+from crayon_runtime.signing import KeyStore, TrustedKeys, verify_signature
+from crayon_server.cli import demo as cli
+from crayon_server.data.phone_assistant import benchmark, more_examples
+from crayon_server.demo import page, story
+from crayon_server.demo.device import Text
+from crayon_server.demo.report import DemoReport
+from crayon_server.demo.service import serving
+from crayon_server.demo.wire import Wire, split
+from crayon_server.models import load_nano
+from crayon_server.pool.build import Settings as PoolSettings
+from tests.runtime import pools
 from tests.support import needs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+QUICK = story.Settings(
+    PoolSettings(adapters=4, steps=25, batch_size=32, threads=1),
+    sources=48,
+    oracle_texts=24,
+    oracle_steps=5,
+    queries=3,
+    threads=1,
+)
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    for package in ("torch", "transformers", "peft"):
+def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """All that were started."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Popen(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
+            started.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", Popen)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, processes: list[subprocess.Popen[bytes]]) -> tuple[Path, DemoReport]:
+    for package in ("torch", "transformers", "accelerate", "uvicorn", "httpx"):
         needs.module(package)
-    out = tmp_path_factory.mktemp("demo")
-    result = CliRunner().invoke(cli_demo.demo, ["--out", str(out), "--threads", "1", "--json"], catch_exceptions=False)
-    return out, json.loads(result.stdout)
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    return out, story.run(out, QUICK)
 
 
-def test_customized_users_are_understood(done) -> None:
-    report = done[1]
-    exact = {(s["model"], s["user"]): s["exact_match"] for s in report["int4"]}
-    for user, other in (("alice", "bruno"), ("bruno", "alice")):
-        assert exact[user, user] >= 0.9
-        assert exact["base", user] <= 0.5
-        assert exact[other, user] <= 0.1
+# The story
 
 
-def test_int4_is_as_good_as_float(done) -> None:
-    report = done[1]
-    for int4, float32 in zip(report["int4"], report["float32"], strict=True):
-        assert (int4["model"], int4["user"]) == (float32["model"], float32["user"])
-        if int4["model"] == int4["user"]:
-            assert int4["exact_match"] >= float32["exact_match"] - 0.05
+def test_customized_users_are_understood_better(done: tuple[Path, DemoReport]) -> None:
+    for person in done[1].people:
+        before, after = person.examples_log_loss
+        assert person.installed == (after <= 1.01 * before)
+        if person.installed:
+            assert person.scores["after"].log_loss != person.scores["before"].log_loss
+        else:
+            assert person.scores["after"] == person.scores["before"]
+    assert sum(person.installed for person in done[1].people) >= 2
+    assert sum(p.scores["after"].log_loss for p in done[1].people) < sum(
+        p.scores["before"].log_loss for p in done[1].people
+    )
 
 
-def test_the_device_process_is_light(done) -> None:
-    device = done[1]["device"]
+def test_who_the_pool_knows(done: tuple[Path, DemoReport]) -> None:
+    everybody = {user.name: user for user in benchmark().validation}
+    sources = benchmark().train[: QUICK.sources]
+    for person in done[1].people:
+        user = everybody[person.user]
+        assert person.sources == sum(source.convention == user.convention for source in sources)
+        assert bool(person.sources) == user.seen
+        assert person.examples == tuple((e.prompt.strip(), e.completion) for e in user.examples)
+    assert any(not everybody[person.user].seen for person in done[1].people)
+
+
+def test_no_training_has_the_answer_of_a_query(tmp_path: Path) -> None:
+    told = story._Story(tmp_path, story.Settings(), lambda _: None, nullcontext)
+    for user in told.users.values():
+        trained = [e for _, e in told.texts] + [*user.examples, *more_examples(user, told.settings.oracle_texts)]
+        assert not {e.completion for e in trained} & {query.completion for query in user.queries}
+    assert len(told.texts) > 6000
+
+
+def test_the_right_answer_to_what_everybody_is_told(done: tuple[Path, DemoReport]) -> None:
+    wanted = [person.shared.wanted for person in done[1].people]
+    assert wanted[0] == '{"fn": "calendar.add", "what": "dinner", "who": "anna", "day": "monday", "time": "7:30 PM"}'
+    assert re.fullmatch(r"add_calendar\(arg_what=\w+n, arg_who=anna, arg_day=\w+n, arg_time=18:30\)", wanted[1])
+    assert re.fullmatch(r"calendar\.add \| what: \w+n \| who: anna \| day: \w+n \| time: 18:30", wanted[2])
+    assert len({person.shared.before for person in done[1].people}) == 1  # the base knows no user
+
+
+def test_the_device_process_is_light(done: tuple[Path, DemoReport]) -> None:
+    device = done[1].device
     assert not device["torch_loaded"]
     assert device["peak_rss_bytes"] < 200e6
     assert device["running_answer_kept"]
-    assert len(set(device["live"].values())) == 3
-    assert device["swap_ms"] <= 5
 
 
-def test_the_files(done) -> None:
+def test_numbers_are_finite(done: tuple[Path, DemoReport]) -> None:
+    def check(value: Any) -> None:
+        if isinstance(value, float):
+            assert np.isfinite(value)
+        elif isinstance(value, dict | list | tuple):
+            for item in value.values() if isinstance(value, dict) else value:
+                check(item)
+
+    report = done[1].to_dict()
+    check(report)
+    for person in report["people"]:
+        assert sum(person["alpha"]) == pytest.approx(1, abs=1e-3)
+        assert len(person["alpha"]) == QUICK.pool.adapters
+        assert all(0 <= score["exact_match"] <= score["intent"] <= 1 for score in person["scores"].values())
+        assert 0 < sum(person["seconds"].values()) <= person["total_seconds"]
+
+
+def test_parameters_are_counted_as_transformers_does(done: tuple[Path, DemoReport]) -> None:
+    transformers = needs.module("transformers")
+    assert done[1].parameters == transformers.AutoModelForCausalLM.from_pretrained(load_nano()).num_parameters()
+
+
+# What is sent
+
+
+def test_no_word_of_a_user_is_sent(done: tuple[Path, DemoReport]) -> None:
+    for person in done[1].people:
+        said = "".join(message.request_head + message.request_body for message in person.messages).lower()
+        texts = [text for pair in person.examples for text in pair]
+        words = {word for text in texts for word in re.findall(r"[a-z]{4,}", text.lower())}
+        assert len(words) > 20
+        assert not any(text.lower() in said for text in texts)
+        assert not {word for word in words if re.search(rf"\b{word}\b", said)}
+
+
+def test_what_is_shown_is_what_the_service_received(done: tuple[Path, DemoReport], tmp_path: Path) -> None:
+    """Asked with the very bytes that the report shows, another process of the service gives the very adapter."""
+    httpx = needs.module("httpx")
     out, report = done
-    assert sorted(path.name for path in out.iterdir()) == ["bundle", "lora", "report.html", "report.json"]
-    assert json.loads((out / "report.json").read_text()) == report
+    with serving(out / "server/pool", out / "server/keys", tmp_path / "log") as (host, port):
+        for person in report.people:
+            sent = person.asked
+            assert len(sent.request_body.encode()) == sent.request_bytes[1]
+            assert f"content-length: {sent.request_bytes[1]}\r\n" in sent.request_head.lower()
+            assert json.loads(sent.request_body)["alpha"] == person.alpha
+            url = f"http://{host}:{port}/v1/customizations"
+            again = httpx.post(url, content=sent.request_body, trust_env=False)
+            assert f"etag: {again.headers['etag']}\r\n" in sent.response_head
+            assert len(again.content) == sent.response_bytes[1]
 
 
-def test_the_page_stands_alone(done) -> None:
-    page = (done[0] / "report.html").read_text()
-    assert "<script" not in page
-    assert not re.search(r"""(src|href)\s*=|url\(|@import""", page)
-    for line in done[1]["lines"]:
-        assert line["prompt"] in page
-    assert "prefers-color-scheme: dark" in page
+def test_the_service_counts_the_same_bytes(done: tuple[Path, DemoReport]) -> None:
+    out, report = done
+    log = [json.loads(line) for line in (out / "server/service.log").read_text().splitlines() if line[0] == "{"]
+    messages = [message for person in report.people for message in person.messages]
+    assert [line["bytes"] for line in log] == [message.response_bytes[1] for message in messages]
+    assert [line["method"] for line in log] == [message.request_head.split()[0] for message in messages]
+    assert {message.response_head.split()[1] for message in messages} == {"200"}
+    assert [line["ms"] for line in log] == [message.service_ms for message in messages]
 
 
-def test_the_summary(done) -> None:
-    report = demo.DemoReport(
-        **{
-            **done[1],
-            "personas": [demo.Persona(**p) for p in done[1]["personas"]],
-            "int4": [demo.Score(**s) for s in done[1]["int4"]],
-        }
-    )
-    assert re.search(r"with alice's LoRA, int4\s+\d+%\s+\d+%", report.to_text())
+def test_the_adapters_are_signed_with_fresh_keys(done: tuple[Path, DemoReport]) -> None:
+    out, report = done
+    trusted = TrustedKeys.read(out / "device/keys.json")
+    assert trusted.keys == KeyStore.open(out / "server/keys").keys
+    for person in report.people:
+        if person.installed:
+            verify_signature(Bundle.open(out / "device/customized" / person.name / "adapter"), trusted)
+
+
+# The files
+
+
+def test_the_folder_can_be_used(done: tuple[Path, DemoReport]) -> None:
+    out, report = done
+    assert sorted(path.name for path in out.iterdir()) == ["device", "oracle", "report.html", "report.json", "server"]
+    assert [path.name for path in out.parent.iterdir()] == ["demo"]
+    assert json.loads((out / "report.json").read_text()) == json.loads(msgspec.json.encode(report.to_dict()))
+    assert Pool.open(out / "server/pool", verify=True).manifest.adapters == report.pool.adapters
+
+
+_VOID = frozenset({"meta", "br"})
+
+
+class _Page(HTMLParser):
+    """Refuses what a page that stands alone does not have, and collects its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe", "img", "object", "base")
+        assert not {name for name, _ in attrs} & {"src", "href", "xlink:href", "srcset", "onload", "onclick", "data"}
+        self.tags.append(tag)
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in _VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_the_page_stands_alone(done: tuple[Path, DemoReport]) -> None:
+    out, report = done
+    content = (out / "report.html").read_text()
+    parsed = _Page()
+    parsed.feed(content)
+    parsed.close()
+    assert parsed.open == []
+    assert not re.search(r"url\(|@import|\bnan\b|\binf\b", content, re.IGNORECASE)
+    assert "prefers-color-scheme: dark" in content
+    assert parsed.tags.count("svg") > 10
+    text = "".join(parsed.text)
+    assert "Alice, Clara and Bruno ask" in " ".join(text.split())
+    for person in report.people:
+        assert person.asked.request_body in text
+        for line in person.lines:
+            assert all(said in text for said in (line.prompt, line.wanted, line.before, line.after))
+    assert "convention never seen" in text
+    assert "crayon bench customization" in text
+
+
+def test_all_that_is_measured_is_shown(done: tuple[Path, DemoReport]) -> None:
+    assert {*MEASURED} - {"blend"} == {*page.PARTS}
+    assert all({*person.seconds} <= {*page.PARTS} for person in done[1].people)
+
+
+def test_the_summary(done: tuple[Path, DemoReport]) -> None:
+    text = done[1].to_text()
+    assert re.search(r"bruno, convention never seen\s+\d+%\s+\d+%\s+\d+%", text)
+    assert f"sent for alice: {done[1].people[0].asked.request_bytes[1]} B" in text
+
+
+def test_the_command(done: tuple[Path, DemoReport], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def run(out: Path, settings: story.Settings, **_: Any) -> DemoReport:
+        asked.append((out, settings.threads, settings.pool.threads))
+        return done[1]
+
+    monkeypatch.setattr(story, "run", run)
+    shown = CliRunner().invoke(cli.demo, ["--out", str(tmp_path / "x")], catch_exceptions=False)
+    assert shown.stdout.splitlines()[-1] == f"report: {tmp_path / 'x/report.html'}"
+    printed = CliRunner().invoke(cli.demo, ["--out", "y", "--threads", "2", "--json"], catch_exceptions=False)
+    assert json.loads(printed.stdout) == json.loads(msgspec.json.encode(done[1].to_dict()))
+    assert asked == [(tmp_path / "x", None, 1), (Path("y"), 2, 2)]
+
+
+# What is left behind
+
+
+def test_no_process_is_left(done: tuple[Path, DemoReport], processes: list[subprocess.Popen[bytes]]) -> None:
+    ran = [" ".join(map(str, process.args)) for process in processes if isinstance(process.args, list)]
+    assert [command.count(" serve ") for command in ran if "crayon" in command].count(1) >= 1
+    assert all(process.poll() is not None for process in processes)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+def test_an_interrupted_demo_leaves_nothing(tmp_path: Path, stop: signal.Signals) -> None:
+    command = [sys.executable, "-m", "crayon_runtime", "demo", "--out", str(tmp_path / "demo")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (running := _children(process.pid)):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(stop)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode not in (0, -signal.SIGKILL)
+    assert b"Traceback" not in said
+    assert not [child for child in running if Path("/proc", str(child)).exists()]
+    assert list(tmp_path.iterdir()) == []
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def test_the_service_ends_with_its_block(tmp_path: Path) -> None:
+    needs.module("uvicorn")
+    pool, keys = pools.write(tmp_path / "pool"), KeyStore.create(tmp_path / "keys")
+    with pytest.raises(KeyboardInterrupt), serving(pool.path, keys.path, tmp_path / "log") as address:
+        socket.create_connection(address).close()
+        raise KeyboardInterrupt
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
+
+
+def test_a_service_that_does_not_start(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BackendError, match=r"(?s)the service did not start.*no pool here"),
+        serving(tmp_path / "absent", tmp_path, tmp_path / "log"),
+    ):
+        pass
+
+
+def test_only_a_demo_is_replaced(
+    done: tuple[Path, DemoReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = []
+
+    def tell(told: story._Story) -> DemoReport:
+        began.append(told.folder)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(story._Story, "tell", tell)
+    for content in ("{}", "[]", "mine", '{"kind": "other"}'):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine/report.json").write_text(content)
+        with pytest.raises(OutputError, match="something else than an earlier demo"):
+            story.run(tmp_path / "mine", QUICK)
+        assert (tmp_path / "mine/report.json").read_text() == content
+    with pytest.raises(OutputError):
+        story.run(tmp_path / "mine/report.json", QUICK)
+    assert not began
+    (tmp_path / "empty").mkdir()
+    for replaced in (done[0], tmp_path / "empty", tmp_path / "new"):
+        with pytest.raises(ZeroDivisionError):
+            story.run(replaced, QUICK)
+    assert len(began) == 3
+    assert (done[0] / "report.html").exists()  # what did not finish replaces nothing
+
+
+def test_a_process_that_fails() -> None:
+    with (
+        pytest.raises(BackendError, match=r"(?s)demo.absent ended with exit code 1:.*No module named"),
+        story._process("crayon_server.demo.absent", Text("a", "b")) as process,
+    ):
+        process.wait()
+
+
+# The relay
+
+
+@pytest.fixture
+def echo() -> Iterator[tuple[str, int]]:
+    """Answers each request with its length, in many small pieces, on the same connection."""
+    import threading
+
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve(client: socket.socket) -> None:
+        with client:
+            while data := client.recv(1 << 20):
+                _, body = split(data)
+                answer = b"HTTP/1.1 200 OK\r\n\r\n" + body[::-1] * 1000
+                for start in range(0, len(answer), 1001):
+                    client.sendall(answer[start : start + 1001])
+
+    def accept() -> None:
+        while True:
+            try:
+                client = listening.accept()[0]
+            except OSError:
+                return
+            threading.Thread(target=serve, args=(client,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield listening.getsockname()
+    listening.close()
+
+
+def test_the_relay_passes_every_byte_and_writes_it_down(echo: tuple[str, int]) -> None:
+    with Wire(*echo) as wire:
+        address = ("127.0.0.1", int(wire.url.rpartition(":")[2]))
+        asked = [b"POST /%d HTTP/1.1\r\n\r\n" % i + bytes(range(256)) for i in range(3)]
+        got = []
+        with socket.create_connection(address) as client, socket.create_connection(address) as other:
+            for end, request in ((client, asked[0]), (client, asked[1]), (other, asked[2])):
+                end.sendall(request)
+                wanted, answer = 19 + 256_000, b""
+                while len(answer) < wanted:
+                    answer += end.recv(1 << 16)
+                got.append(answer)
+        exchanges = wire.exchanges
+    assert [exchange.request for exchange in exchanges] == asked
+    assert [exchange.response for exchange in exchanges] == got
+    assert all(e.started <= e.answered <= e.ended for e in exchanges)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
+
+
+def test_the_relay_survives_a_service_that_is_gone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        gone = closed.getsockname()
+    with Wire(*gone) as wire, socket.create_connection(("127.0.0.1", int(wire.url.rpartition(":")[2]))) as client:
+        client.settimeout(5)
+        assert client.recv(1) == b""
+        assert wire.exchanges == []
+
+
+def test_split() -> None:
+    assert split(b"GET / HTTP/1.1\r\nA: b\r\n\r\nbody\r\n\r\n") == (b"GET / HTTP/1.1\r\nA: b\r\n\r\n", b"body\r\n\r\n")

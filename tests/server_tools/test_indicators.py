@@ -80,6 +80,50 @@ def test_pca_has_no_more_axes_than_the_data() -> None:
     assert indicators.fit_pca(x, 8, whiten=True).projection.shape == (10, 2)
 
 
+@pytest.mark.parametrize("block", [64, 300])
+def test_sums_in_blocks_are_those_of_the_whole(monkeypatch, block: int) -> None:
+    """Also groups that are larger than a block, and residuals that are computed when asked for."""
+    x, members = grouped(groups=4, each=150)
+    y = x @ random(12, 12) + random(600, 12, seed=2)
+    parts = indicators.fit_residual(x, y)
+    axes = indicators.fit_lda(indicators.residual(parts, x, y), members, 2)
+    monkeypatch.setattr(indicators, "BLOCK", block)
+    in_blocks = indicators.fit_residual(x, y)
+    for one, other in zip(parts, in_blocks, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
+    rows = indicators.Residuals(in_blocks, x, y)
+    assert rows.shape == (600, 12)
+    for one, other in zip(axes, indicators.fit_lda(rows, members, 2), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-3, rtol=1e-3)
+    with pytest.raises(InvalidInput, match="do not differ"):
+        indicators.check_different(np.ones((600, 4), np.float32))
+    indicators.check_different(np.repeat([[1.0], [2.0]], 300, axis=0).astype(np.float32))
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_pca_in_blocks_finds_the_same_space(monkeypatch, whiten: bool) -> None:
+    subspace_angles = needs.module("scipy.linalg").subspace_angles
+    x = (random(900, 20) * 0.7 ** np.arange(20)) @ np.linalg.qr(random(20, 20, seed=1))[0]
+    exact = indicators.fit_pca(x, 4, whiten=whiten)
+    monkeypatch.setattr(indicators, "BLOCK", 200)
+    monkeypatch.setattr(indicators, "LARGEST_PCA", 100)
+    assert indicators.in_blocks(x)
+    approximate = indicators.fit_pca(x, 4, whiten=whiten)
+    np.testing.assert_allclose(approximate.mean, exact.mean, atol=1e-5)
+    assert np.rad2deg(subspace_angles(exact.projection, approximate.projection)).max() < 2
+    lengths = [np.linalg.norm(axes.projection, axis=0) for axes in (exact, approximate)]
+    np.testing.assert_allclose(*lengths, rtol=0.01)
+
+
+def test_k_means_in_batches_finds_the_same_clusters(monkeypatch) -> None:
+    x, members = grouped()
+    centres, _ = indicators.cluster(x[:, 1:3], 6, seed=0)
+    monkeypatch.setattr(indicators, "LARGEST_K_MEANS", 100)
+    in_batches, others = indicators.cluster(x[:, 1:3], 6, seed=0)
+    assert [len(set(others[group])) for group in members] == [1] * 6
+    np.testing.assert_allclose(np.sort(in_batches, axis=0), np.sort(centres, axis=0), atol=0.05)
+
+
 def test_lda_finds_what_groups_differ_in_and_pca_does_not() -> None:
     x, members = grouped()
     lda, pca = indicators.fit_lda(x, members, 2), indicators.fit_pca(x, 2, whiten=False)

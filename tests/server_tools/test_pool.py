@@ -257,6 +257,61 @@ def test_build_and_blend_on_the_command_line(built, tmp_path) -> None:
     assert (tmp_path / "alice/adapter_config.json").is_file()
 
 
+def test_a_build_with_every_option(tmp_path) -> None:
+    rows = [{"question": e.prompt, "answer": e.completion} for e in [*TEXTS, Pair("buy eggs " * 40 + "\n", "x")]]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = invoke(
+        cli_pool.pool, "build", "--model", NANO, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "p",
+        "--fields", "prompt=question,completion=answer", "--adapters", 3, "--rank", 2, "--steps", 3, "--batch-size", 8,
+        "--recipe", "paper", "--weighting", "topk", "--top-k", 2, "--sample", 5, "--max-tokens", 64, "--threads", 1,
+        "--gradient-accumulation", 2, "--gradient-checkpointing", "--work", tmp_path / "w", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "1 of 49 texts are longer than 64 tokens" in result.stderr
+    assert "recipe paper (the paper's, PCA of each text's mean state): 48 texts, 3 clusters" in result.stderr
+    pool = Pool.open(tmp_path / "p", verify=True)
+    assert (pool.manifest.weighting.kind, pool.manifest.weighting.top_k) == ("topk", 2)
+    settings = pool.manifest.settings
+    assert (settings["texts"], settings["left_out"], settings["sample"], settings["pca"]) == (48, 1, 5, "exact")
+    assert settings["versions"]["torch"] == torch.__version__.partition("+")[0]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "p/loss.jsonl").read_text().splitlines()]
+    assert len(losses) == 3
+    assert settings["final_loss"] == pytest.approx(np.mean(losses))
+    assert (tmp_path / "p/loss.svg").read_text().count("<svg") == 1
+    assert {file.path for file in pool.manifest.files} >= {"loss.jsonl", "loss.svg"}
+    assert (tmp_path / "w/texts.jsonl").is_file()
+
+
+def test_nothing_stays_beside_a_pool_that_was_not_asked_for(tmp_path) -> None:
+    """The work folder goes at the end, and where nothing was computed; it stays where something was."""
+    data, out = write_lines(tmp_path / "d.jsonl"), tmp_path / "p"
+    command = ("build", "--model", NANO, "--data", data, "--out", out, "--batch-size", 8, "--steps", 1, "--threads", 1)
+    invoke(cli_pool.pool, *command[:4], tmp_path / "absent.jsonl", *command[5:])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl"]
+    for option in ("--gradient-accumulation", "--adapters"):
+        assert isinstance(invoke(cli_pool.pool, *command, option, 49).exception, InvalidInput)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl"]
+    data.write_text(data.read_text().splitlines(keepends=True)[0] * 48)
+    result = invoke(cli_pool.pool, *command, "--no-groups")
+    assert "do not differ" in str(result.exception)
+    write_lines(data)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "p.work"]
+    assert invoke(cli_pool.pool, *command, "--adapters", 3).exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "p"]
+
+
+def test_a_large_build_takes_its_approximate_forms(monkeypatch, tmp_path) -> None:
+    from crayon_server.pool import indicators
+
+    monkeypatch.setattr(indicators, "LARGEST_PCA", 100)
+    monkeypatch.setattr(indicators, "LARGEST_K_MEANS", 10)
+    monkeypatch.setattr(indicators, "BLOCK", 24)
+    settings = dataclasses.replace(TINY, steps=1, recipe="residual", dimensions=4)
+    pool = build(NANO, TEXTS, tmp_path / "p", settings=settings, work=tmp_path / "work")
+    assert pool.manifest.settings["pca"] == "in blocks"
+    assert sum(pool.manifest.settings["sizes"]) == len(TEXTS)
+
+
 def test_groups_are_used_where_every_line_has_one(tmp_path) -> None:
     _, groups = read_texts(write_lines(tmp_path / "with.jsonl"))
     assert groups == GROUPS

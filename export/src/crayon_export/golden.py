@@ -34,11 +34,12 @@ _STEPS = (
 def tolerance(backend: str, *, quantize: str, kv_dtype: str) -> Tolerance:
     """How far a backend may be from the reference; see `crayon_runtime.golden` for the units.
 
-    Measured on x86-64 with stories260K, nano and random models: up to 0.05 and 0.025 where kernels quantize the activations to int8
-    (int4 and int8 weights), 0.003 and 0.001 with a float16 cache, 5e-6 in float32. Other weights are off by more than 1.
+    Measured on x86-64 (Intel and AMD) with stories260K, nano and random models: up to 0.05 and 0.025 where kernels quantize the
+    activations to int8 (int4 and int8 weights), 0.17 with a LoRA that was trained hard on the smallest of them; 0.003 and 0.001 with
+    a float16 cache, 5e-6 in float32. Other weights are off by more than 1.
     """
     if quantize != "none":
-        return Tolerance(backend, "any", 0.15, 0.08)
+        return Tolerance(backend, "any", 0.3, 0.15)
     return Tolerance(backend, "any", 1e-2, 4e-3) if kv_dtype == "fp16" else Tolerance(backend, "any", 1e-4, 1e-4)
 
 

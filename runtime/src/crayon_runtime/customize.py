@@ -1,11 +1,7 @@
-"""From about ten examples to an adapter of one's own: alpha is computed on the device, and the pool's LoRAs are blended with it.
+"""From about ten examples to an adapter of one's own: alpha is computed on the device, and LoRAs are blended with it, here or by a service.
 
-What is kept stands beside the model, and is replaced as a whole, so that a device that dies at any moment comes back with the old or
-the new adapter:
-
-    BUNDLE.customized/adapter/          an adapter bundle, for `Engine.set_adapter`
-    BUNDLE.customized/examples.jsonl    the examples; they never leave the device
-    BUNDLE.customized/state.json        `State`
+What is kept (see `crayon_runtime.customized`) stands beside the model, and is replaced as a whole, so that a device that dies at any
+moment comes back with the old or the new adapter.
 
 A new adapter is proved before it takes the place of the old one: it must change what the model says, and the log-loss of the answers in
 the examples must not get worse.
@@ -13,41 +9,77 @@ the examples must not get worse.
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-from msgspec import Struct
 
 from crayon_runtime import affinity
 from crayon_runtime.bundle import Bundle
+from crayon_runtime.customized import (
+    ADAPTER,
+    DECIMALS,
+    EXAMPLES,
+    STATE,
+    Settings,
+    State,
+    check_serial,
+    kept_examples,
+    made_from,
+    newest_serial,
+    read_state,
+    state_folder,
+)
 from crayon_runtime.engine import Engine
-from crayon_runtime.errors import AdapterError, CrayonError, InvalidInput, ManifestError, OutputError
-from crayon_runtime.examples import Example, Score, check_examples, read_examples, score, to_jsonl
+from crayon_runtime.errors import (
+    AdapterError,
+    CrayonError,
+    InvalidInput,
+    OutputError,
+    PoolChanged,
+)
+from crayon_runtime.examples import Example, Score, check_examples, score, to_jsonl
 from crayon_runtime.files import atomic_directory
-from crayon_runtime.manifest import Sha256, check_version
+from crayon_runtime.manifest import AdapterDtype
 from crayon_runtime.pool import Mode, Pool, PoolManifest, write_adapter_bundle
 from crayon_runtime.refine import refine as search
+from crayon_runtime.remote import PoolClient
 from crayon_runtime.sampling import is_integer
+from crayon_runtime.signing import KEYS
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from crayon_runtime.affinity import Projection
     from crayon_runtime.backends.base import Adapter
+    from crayon_runtime.engine import Part
 
     Floats = npt.NDArray[np.float32]
 
-NAME = "customized"
-"""Of every adapter that is made here."""
+__all__ = [
+    "ADAPTER",
+    "DECIMALS",
+    "PARTS",
+    "Customization",
+    "Settings",
+    "State",
+    "alpha_of",
+    "check_pool",
+    "customize",
+    "disguise",
+    "kept_examples",
+    "read_state",
+    "state_folder",
+]
 
-ADAPTER, EXAMPLES, STATE = "adapter", "examples.jsonl", "state.json"
+NAME = "customized"
+"""Of every adapter that is blended here."""
 
 TOLERANCE = 0.01
 """Of its log-loss, relative, may an adapter be worse than what it replaces: less is noise of rounding. Our choice."""
@@ -55,17 +87,8 @@ TOLERANCE = 0.01
 SMALLEST_CHANGE = 1e-5
 """Of a logit. An adapter of zeros changes none at all."""
 
-
-class State(Struct, frozen=True, kw_only=True):
-    """state.json: where a customized adapter comes from."""
-
-    schema_version: str = "1.0"
-    base_fingerprint: Sha256
-    pool_name: str
-    pool_version: str
-    alpha: list[float]
-    refined: bool
-    log_loss: float
+PARTS = ("pool", "embed", "alpha", "blend", "request", "download", "verify", "prove", "swap")
+"""What is timed, in this order. embed: the base model runs over the examples, which also gives their log-loss."""
 
 
 @dataclass(frozen=True)
@@ -77,26 +100,31 @@ class Customization:
     reason: str
     """Why, in a sentence."""
     adapter: Path | None
-    """The adapter bundle that is in place now; None: the base model."""
+    """The adapter bundle that is in place now, and fits; None: the base model."""
     alpha: list[float]
-    """What was blended, and would be sent."""
+    """What was blended."""
     sent: dict[str, Any]
-    """The body that asks a server for the same adapter. All that would leave the device; it is a fingerprint of the user."""
+    """The body that asks a service for the same adapter: all that leaves the device, or would. It is a fingerprint of the user."""
+    sent_bytes: int
+    received_bytes: int
+    """Of all bodies that went to a service, and came from it."""
     log_loss_base: float
     log_loss_before: float
     """With the adapter that was in place, if it fits this model; otherwise that of the base."""
     log_loss: float
     """With the new adapter. All of them: of the answers in the examples, nats per token."""
     log_loss_exact: float | None
-    """With alpha before noise and rounding, if there were any."""
+    """With alpha before noise and rounding, if there were any; None with a service, which would have to be told that alpha too."""
     logit_change: float
     """The largest difference to the base of any logit after a prompt."""
+    seconds: dict[str, float]
+    """By part; see `PARTS`."""
 
 
 def customize(
     engine: Engine,
     examples: Sequence[Sequence[str]],
-    pool: Pool,
+    pool: Pool | PoolClient,
     *,
     folder: Path | None = None,
     refine: bool = False,
@@ -106,55 +134,59 @@ def customize(
     noise: float = 0.0,
     blend: Mode | None = None,
     rank: int | None = None,
+    dtype: AdapterDtype | None = None,
+    rank_limit: int | None = None,
+    allow_older: bool = False,
     on_evaluation: Callable[[int], object] = lambda _: None,
 ) -> Customization:
-    """Customize a model with a pool on this device, and answer with the new adapter from now on if it proved itself.
+    """Customize a model, and answer with the new adapter from now on if it proved itself.
 
     Args:
-        examples: n >= 1 pairs of a prompt and its answer.
+        examples: n >= 1 pairs of a prompt and its answer. They do not leave the device, whatever the pool.
+        pool: on this device; or of a service, which is sent `Customization.sent`.
         folder: where the adapter is kept; None: `state_folder` of the engine's bundle.
-        refine: search alpha on the examples from there; see `crayon_runtime.refine`. `seed` is that of the search.
-        digits, noise: of `disguise`, applied at the end.
-        blend, rank: see `Pool.blend`.
+        refine: search alpha on the examples from there; see `crayon_runtime.refine`. `seed` is that of the search. Only with a local
+            pool, as a service would see every step.
+        digits, noise: of `disguise`, applied at the end. A service is sent at most `DECIMALS`, which is also its default.
+        blend, rank: see `Pool.blend`; for a local pool.
+        dtype, rank_limit: what to ask a service for; None: its default.
+        allow_older: take a pool from a service that is older than one accepted before.
         on_evaluation: called with 1 after each evaluation of the search.
 
     Raises:
         AdapterError: the pool is of another base model, or embeds at another tap.
         InvalidInput: an example or an option cannot be used.
+        ServerError: the service offers an older pool; and whatever else `PoolClient` raises. Everything is as it was.
         OutputError: the disk is full, or something else is in the place of the folder.
     """
-    folder = folder or state_folder(_bundle(engine).path)
-    examples = check_examples(examples)
-    check_pool(engine, pool.manifest)
-    base = score(engine, examples)  # first: it says which example is too long
-    exact = alpha = alpha_of(engine, examples, pool.manifest, pool.projection)
-    fingerprint = pool.manifest.base_fingerprint
-
-    def write(weights: Floats, out: Path) -> Bundle:
-        return write_adapter_bundle(
-            pool.blend(weights, blend, rank), out, name=NAME, base_fingerprint=fingerprint, pool=pool.manifest.origin
-        )
-
-    def log_loss(weights: Floats) -> float:
-        with tempfile.TemporaryDirectory(prefix="crayon-") as scratch:
-            loss = score(engine, examples, engine.read_adapter(write(weights, Path(scratch, ADAPTER)))).log_loss
-        on_evaluation(1)
-        return loss
-
-    if refine:
-        exact = alpha = search(log_loss, alpha, evaluations=refine_evaluations, seed=seed)[0]
-    disguised = digits is not None or noise > 0
-    alpha = disguise(alpha, digits=digits, noise=noise, signed=pool.manifest.weighting.signed)
-    state = State(
-        base_fingerprint=fingerprint,
-        pool_name=pool.manifest.name,
-        pool_version=pool.manifest.version,
-        alpha=_numbers(alpha),
-        refined=refine,
-        log_loss=0.0,
+    settings = Settings(
+        digits=digits,
+        noise=noise,
+        refine=refine,
+        refine_evaluations=refine_evaluations,
+        seed=seed,
+        blend=blend,
+        rank=rank,
+        dtype=dtype,
+        rank_limit=rank_limit,
+    ).checked(pool)
+    work = _Work(
+        engine, check_examples(examples), folder or state_folder(_bundle(engine).path), settings, on_evaluation
     )
-    exact_loss = log_loss(exact) if disguised else None
-    return install_adapter(engine, examples, base, state, lambda out: write(alpha, out), folder, exact_loss)
+    if isinstance(pool, PoolClient):
+        check_serial(pool.manifest, work.folder, allow_older=allow_older)
+    check_pool(engine, pool.manifest)
+    with work.part("embed"):
+        base = score(engine, work.examples)  # says which example is too long, before anything is sent
+    try:
+        return work.run(pool, base)
+    except PoolChanged:
+        if not isinstance(pool, PoolClient):
+            raise
+    pool.refresh()  # it changed between two requests; if that happens again, something else is wrong
+    check_serial(pool.manifest, work.folder, allow_older=allow_older)
+    check_pool(engine, pool.manifest)
+    return work.run(pool, base)
 
 
 def check_pool(engine: Engine, pool: PoolManifest) -> None:
@@ -182,14 +214,19 @@ def alpha_of(engine: Engine, examples: Sequence[Sequence[str]], pool: PoolManife
     Raises:
         AdapterError: the projection is for states of another size.
     """
-    if len(projection.mean) != engine.backend.tap_size:
-        raise AdapterError(
-            f"pool {pool.name!r} embeds states of {len(projection.mean)}; this model's have {engine.backend.tap_size}"
-        )
     pairs = [(prompt, completion) for prompt, completion in examples]
-    prompts = engine.embed(pairs, part="prompt", base=True) if pool.embedding.residual else None
-    states = engine.embed(pairs, part=pool.embedding.part, base=True)
-    return affinity.alpha(projection, pool.weighting, prompts, states)
+    parts: set[Part] = {pool.embedding.part} | ({"prompt"} if pool.embedding.residual else set())
+    return _alpha({part: engine.embed(pairs, part=part, base=True) for part in parts}, pool, projection)
+
+
+def _alpha(means: Mapping[Part, Floats], pool: PoolManifest, projection: Projection) -> Floats:
+    """Of mean states, float32 [n, D] by part."""
+    states = means[pool.embedding.part]
+    if len(projection.mean) != states.shape[1]:
+        raise AdapterError(
+            f"pool {pool.name!r} embeds states of {len(projection.mean)}; this model's have {states.shape[1]}"
+        )
+    return affinity.alpha(projection, pool.weighting, means.get("prompt"), states)
 
 
 def disguise(
@@ -215,89 +252,133 @@ def disguise(
     return (changed if digits is None else np.round(changed, digits)).astype(np.float32)
 
 
-def install_adapter(
-    engine: Engine,
-    examples: Sequence[Example],
-    base: Score,
-    state: State,
-    write: Callable[[Path], object],
-    folder: Path,
-    log_loss_exact: float | None = None,
-) -> Customization:
-    """Write a new adapter, prove it, and put it in the place of the old one; or remove it again and say why.
+class _Work:
+    """One customization."""
 
-    Args:
-        base: the score of the un-customized model on the examples.
-        state: what state.json will say; its `log_loss` is filled in.
-        write: writes the adapter bundle to a path.
-    """
-    if folder.exists() and not (folder / STATE).is_file():
-        raise OutputError("there is something else in the place of the customized adapter", where=folder)
-    old, unusable = _read_old(engine, folder)
-    before = score(engine, examples, old).log_loss if old else base.log_loss
-    now = Score(float("nan"), base.first_logits)
-    in_place = folder / ADAPTER if (folder / ADAPTER).exists() else None
-    try:
-        with atomic_directory(folder, replace=True) as new:
-            write(new / ADAPTER)
-            now = score(engine, examples, engine.read_adapter(Bundle.open(new / ADAPTER)))
-            _prove(now, base, before, old is not None)
-            (new / EXAMPLES).write_bytes(to_jsonl(examples))
-            kept = msgspec.structs.replace(state, log_loss=now.log_loss)
-            (new / STATE).write_bytes(msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n")
-        in_place, installed = folder / ADAPTER, True
-        engine.set_adapter(in_place)
-        reason = "it changes what the model says, and the log-loss of the examples did not get worse"
-    except _Refused as refused:
-        installed, reason = False, str(refused)
-    return Customization(
-        installed=installed,
-        reason=reason + (f"; the earlier adapter does not fit this model: {unusable}" if unusable else ""),
-        adapter=in_place,
-        alpha=state.alpha,
-        sent={
-            "base_fingerprint": state.base_fingerprint,
-            "pool_version": state.pool_version,
-            "alpha": state.alpha,
-        },
-        log_loss_base=base.log_loss,
-        log_loss_before=before,
-        log_loss=now.log_loss,
-        log_loss_exact=log_loss_exact,
-        logit_change=_logit_change(now, base),
-    )
+    def __init__(
+        self,
+        engine: Engine,
+        examples: list[Example],
+        folder: Path,
+        settings: Settings,
+        on_evaluation: Callable[[int], object],
+    ) -> None:
+        self.engine, self.examples, self.folder, self.settings = engine, examples, folder, settings
+        self._on_evaluation = on_evaluation
+        self._seconds: dict[str, float] = {}
 
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time of a block to that of a part."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
-def state_folder(bundle: str | os.PathLike[str]) -> Path:
-    """Where the customized adapter of a bundle is kept: beside it."""
-    path = Path(bundle).absolute()
-    return path.with_name(f"{path.name}.customized")
+    def run(self, pool: Pool | PoolClient, base: Score) -> Customization:
+        """Make the adapter, prove it, and put it in the place of the old one; or remove it again and say why."""
+        engine, folder = self.engine, self.folder
+        if folder.exists() and not (folder / STATE).is_file():
+            raise OutputError("there is something else in the place of the customized adapter", where=folder)
+        with self.part("prove"):
+            old, unusable = _read_old(engine, folder)
+            before = score(engine, self.examples, old).log_loss if old else base.log_loss
+        manifest, projection = pool.manifest, pool.projection  # what a client fetches is timed as a part of its own
+        with self.part("alpha"):
+            alpha = _alpha(base.means, manifest, projection)
+        now, exact, refusal = base._replace(log_loss=float("nan")), None, None
+        try:
+            with atomic_directory(folder, replace=True) as new:
+                alpha, exact = self._refined_and_disguised(alpha, pool, new)
+                with self.part("blend") if isinstance(pool, Pool) else nullcontext():
+                    self._make(pool, alpha, new / ADAPTER)
+                with self.part("prove"):
+                    now = score(engine, self.examples, engine.read_adapter(Bundle.open(new / ADAPTER)))
+                    _prove(now, base, before, old is not None)
+                self._write_state(new, pool, alpha, now)
+                swapping = time.perf_counter()
+            engine.set_adapter(folder / ADAPTER)
+            self._seconds["swap"] = time.perf_counter() - swapping
+        except _Refused as e:
+            refusal = str(e)
+        reason = refusal or "it changes what the model says, and the log-loss of the examples did not get worse"
+        fetched = pool.seconds if isinstance(pool, PoolClient) else {}
+        seconds = self._seconds | fetched
+        return Customization(
+            installed=refusal is None,
+            reason=reason + (f"; the earlier adapter does not fit this model: {unusable}" if unusable else ""),
+            adapter=folder / ADAPTER if refusal is None or old is not None else None,
+            alpha=_numbers(alpha),
+            sent=self._body(pool, alpha),
+            sent_bytes=pool.sent_bytes if isinstance(pool, PoolClient) else 0,
+            received_bytes=pool.received_bytes if isinstance(pool, PoolClient) else 0,
+            log_loss_base=base.log_loss,
+            log_loss_before=before,
+            log_loss=now.log_loss,
+            log_loss_exact=exact,
+            logit_change=_logit_change(now, base),
+            seconds={part: seconds[part] for part in PARTS if part in seconds},
+        )
 
+    def _refined_and_disguised(self, alpha: Floats, pool: Pool | PoolClient, new: Path) -> tuple[Floats, float | None]:
+        """Alpha as it is blended; and the log-loss of what it was before, where that can be told."""
+        settings, exact = self.settings, None
 
-def kept_examples(folder: Path) -> list[Example]:
-    """The examples of the adapter in a folder, to customize again when the pool or the base is another one.
+        def log_loss(weights: Floats) -> float:
+            trial = self._make(pool, weights, new / "trial")
+            loss = score(self.engine, self.examples, self.engine.read_adapter(trial)).log_loss
+            self._on_evaluation(1)
+            return loss
 
-    Raises:
-        InvalidInput: there are none.
-    """
-    return read_examples(folder / EXAMPLES)
+        with self.part("alpha"):
+            if settings.refine:
+                alpha, exact = search(log_loss, alpha, evaluations=settings.refine_evaluations, seed=settings.seed)
+            signed = pool.manifest.weighting.signed
+            told = disguise(alpha, digits=settings.digits, noise=settings.noise, signed=signed)
+            disguised = isinstance(pool, Pool) and (settings.digits is not None or settings.noise > 0)
+            if disguised and exact is None:
+                exact = log_loss(alpha)
+        shutil.rmtree(new / "trial", ignore_errors=True)
+        return told, exact if disguised else None
 
+    def _make(self, pool: Pool | PoolClient, alpha: Floats, out: Path) -> Bundle:
+        if isinstance(pool, PoolClient):
+            return pool.adapter(self._body(pool, alpha), out)
+        blended = pool.blend(alpha, self.settings.blend, self.settings.rank)
+        origin, base = pool.manifest.origin, pool.manifest.base_fingerprint
+        return write_adapter_bundle(blended, out, name=NAME, base_fingerprint=base, pool=origin, replace=True)
 
-def read_state(folder: Path) -> State:
-    """Where the adapter in a folder comes from.
+    def _body(self, pool: Pool | PoolClient, alpha: Floats) -> dict[str, Any]:
+        """What a service is sent."""
+        asked = {"dtype": self.settings.dtype, "rank_limit": self.settings.rank_limit}
+        return {
+            "base_fingerprint": pool.manifest.base_fingerprint,
+            "pool_version": pool.manifest.version,
+            "alpha": _numbers(alpha),
+        } | {name: value for name, value in asked.items() if value is not None}
 
-    Raises:
-        ManifestError: there is none, or its state.json is damaged.
-    """
-    where = folder / STATE
-    try:
-        raw = json.loads(where.read_bytes())
-        check_version(raw, str(where))
-        return msgspec.convert(raw, State)
-    except OSError as e:
-        raise ManifestError(f"the model is not customized: {e.strerror}", where=where) from None
-    except ValueError as e:  # also msgspec's
-        raise ManifestError(str(e), where=where, do="customize the model again") from None
+    def _write_state(self, new: Path, pool: Pool | PoolClient, alpha: Floats, now: Score) -> None:
+        manifest, newest = pool.manifest, newest_serial(self.folder)
+        (new / EXAMPLES).write_bytes(to_jsonl(self.examples))
+        if isinstance(pool, PoolClient):
+            newest = max(newest, manifest.serial)
+            if pool.trusted is not None:
+                pool.trusted.write(new / KEYS)
+        elif (self.folder / KEYS).is_file():
+            (new / KEYS).write_bytes((self.folder / KEYS).read_bytes())
+        state = State(
+            base_fingerprint=manifest.base_fingerprint,
+            pool_name=manifest.name,
+            pool_version=manifest.version,
+            made_from=made_from(manifest.base_fingerprint, self.examples, manifest, self.settings),
+            newest_serial=newest,
+            settings=self.settings,
+            alpha=_numbers(alpha),
+            refined=self.settings.refine,
+            log_loss=now.log_loss,
+        )
+        (new / STATE).write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n")
 
 
 def _prove(now: Score, base: Score, before: float, customized: bool) -> None:

@@ -13,6 +13,8 @@
     ├── InvalidInput           a prompt, option or token id that cannot be served
     │   └── ContextOverflow    more tokens than the context holds
     ├── BackendError           the inference backend failed or is not installed
+    ├── ServerError            a service cannot be reached, refuses, or does not answer as it should
+    │   └── PoolChanged        it serves another pool now than the one that alpha was computed with
     ├── EngineClosed           used after `close()`
     ├── MissingExtra           an optional part of the package is not installed
     └── OutputError            a result could not be written (disk full, target exists)
@@ -99,6 +101,14 @@ class ContextOverflow(InvalidInput):
 
 class BackendError(CrayonError):
     """The inference backend failed, or is not installed."""
+
+
+class ServerError(CrayonError):
+    """A service cannot be reached, refuses, or does not answer as it should."""
+
+
+class PoolChanged(ServerError):
+    """The service has another pool now than the one that alpha was computed with."""
 
 
 class EngineClosed(CrayonError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from crayon_runtime.backends.base import Adapter
-    from crayon_runtime.engine import Engine
+    from crayon_runtime.engine import Engine, Part
 
     Floats = npt.NDArray[np.float32]
     Ids = npt.NDArray[np.int64]
+
+
+PARTS: tuple[Part, ...] = ("prompt", "answer", "all")
 
 
 class Example(NamedTuple):
@@ -40,6 +43,8 @@ class Score(NamedTuple):
     """Mean over all tokens of the answers, eos included, in nats."""
     first_logits: Floats
     """float32 [n, V]: after each prompt."""
+    means: dict[Part, Floats]
+    """float32 [n, D] by part: the tapped hidden states, as `Engine.embed` gives them."""
 
 
 def read_examples(path: str | os.PathLike[str]) -> list[Example]:
@@ -98,20 +103,27 @@ def score(engine: Engine, examples: Sequence[Sequence[str]], adapter: Adapter | 
     """As `answer_log_loss`; the tokens of one answer continue its prompt in the KV cache, one call each."""
     total, count = 0.0, 0
     first = np.empty((len(examples), engine.backend.vocab_size), np.float32)
+    means: dict[Part, Floats] = {part: np.empty((len(examples), engine.backend.tap_size), np.float32) for part in PARTS}
     with engine.session() as session:
-        for i, (head, targets) in enumerate(_token_ids(engine, check_examples(examples))):
+        for i, (head, answer) in enumerate(_token_ids(engine, check_examples(examples))):
             step = session.prefill(head[session.begin(head, adapter) :])
             assert step is not None  # nothing cancels it
-            first[i] = step.logits
+            first[i], head_sum = step.logits, session.tap_sum
+            targets = [*answer, *engine.tokenizer.info.eos[:1]]
             total += _negative_log_probability(step.logits, targets[0])
-            for before, token in pairwise(targets):
-                total += _negative_log_probability(session.decode(before).logits, token)
+            for token, target in zip_longest(answer, targets[1:]):
+                logits = session.decode(token).logits
+                total += _negative_log_probability(logits, target) if target is not None else 0.0
             count += len(targets)
-    return Score(total / count, first)
+            both = session.tap_sum
+            means["prompt"][i] = head_sum / len(head)
+            means["answer"][i] = (both - head_sum) / len(answer)
+            means["all"][i] = both / session.length
+    return Score(total / count, first, means)
 
 
 def _token_ids(engine: Engine, examples: Sequence[Example]) -> list[tuple[Ids, list[int]]]:
-    """The prompt's ids, int64 [S], and those of the answer, which are those that it has after the prompt."""
+    """The prompt's ids, int64 [S], and those of the answer, which are those that the text has after the prompt."""
     vocab_size, context_length = engine.backend.vocab_size, engine.backend.context_length
     split = []
     for number, (prompt, completion) in enumerate(examples, 1):
@@ -125,7 +137,7 @@ def _token_ids(engine: Engine, examples: Sequence[Example]) -> list[tuple[Ids, l
                 where=f"example {number}",
                 do="shorten it, or leave it out",
             )
-        split.append((ids[:start], [*ids[start:].tolist(), *engine.tokenizer.info.eos[:1]]))
+        split.append((ids[:start], ids[start:].tolist()))
     return split
 
 

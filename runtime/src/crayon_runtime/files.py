@@ -81,6 +81,22 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
         os.close(lock)
 
 
+def recover(target: Path) -> None:
+    """Put back what a dead writer had moved aside to replace it. Where the system can exchange two paths, there is never anything.
+
+    `atomic_directory` does so itself; it is for who reads a target first.
+    """
+    target = Path(target).absolute()
+    aside = re.compile(re.escape(f".{target.name}.replaced-") + "[0-9a-f]{8}")
+    with suppress(FileNotFoundError):
+        for name in os.listdir(target.parent):
+            if aside.fullmatch(name):
+                if os.path.lexists(target):
+                    _remove(target.parent / name)
+                else:
+                    (target.parent / name).rename(target)
+
+
 def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     """The SHA-256 of a file, in lower-case hex.
 
@@ -100,6 +116,7 @@ def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
 def _prepare(target: Path) -> None:
     """Make the folder for the target, and remove what dead writers of this target left there."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    recover(target)
     leftover = re.compile(re.escape(f".{target.name}.partial-") + r"\d+-[0-9a-f]{8}")
     for name in os.listdir(target.parent):
         if leftover.fullmatch(name):
@@ -160,7 +177,8 @@ def _move(partial: Path, target: Path, replace: bool) -> None:
             except OSError:
                 aside.rename(target)
                 raise
-            aside.rename(partial)
+            with suppress(FileNotFoundError):  # another writer removed it as a leftover
+                aside.rename(partial)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -28,9 +28,12 @@ Count = Annotated[int, Meta(ge=1)]
 Size = Annotated[int, Meta(ge=0, description="bytes")]
 Path = Annotated[str, Meta(min_length=1, description="relative to the bundle, with forward slashes and without '..'")]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-PoolVersion = Annotated[str, Meta(pattern="^[0-9a-f]{16}$", description="of a pool's files; tells builds apart")]
+PoolVersion = Annotated[
+    str, Meta(pattern="^[0-9a-f]{16}$", description="of a pool's files and choices; tells builds apart")
+]
 Serial = Annotated[int, Meta(ge=0, description="of a pool's build, larger for a newer one: Unix time, unless chosen")]
 TokenId = Annotated[int, Meta(ge=0)]
+AdapterDtype = Literal["fp32", "fp16", "int8"]
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a block that an adapter may target, in the order of computation."""
@@ -189,7 +192,7 @@ class OnnxAdapterVariant(Struct, frozen=True):
         Meta(description=".onnx_adapter: MODULE.lora_A.weight [in, r], MODULE.lora_B.weight [r, out], alpha/r in B"),
     ]
     dtype: Annotated[
-        Literal["fp32", "fp16", "int8"],
+        AdapterDtype,
         Meta(
             description="of the stored A and B. int8: one scale for each rank, MODULE.lora_A.scale and .lora_B.scale [r], float32"
         ),

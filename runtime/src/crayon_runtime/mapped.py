@@ -28,7 +28,7 @@ def read_mapped(path: Path) -> tuple[Mapped, dict[str, str]]:
         IntegrityError: the file cannot be read, is no safetensors file, or holds another dtype.
     """
     try:
-        data = np.memmap(path, np.uint8, mode="r")
+        data = np.memmap(path, np.uint8, mode="r").view(np.ndarray)  # whose views are cheaper
         header = _header(data)
         metadata = header.pop("__metadata__", {})
         start = 8 + int.from_bytes(data[:8].tobytes(), "little")

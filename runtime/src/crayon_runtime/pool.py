@@ -3,7 +3,7 @@
 POOL/pool.json                 `PoolManifest`
 POOL/projection.safetensors    float32, the fields of `affinity.Projection`
 POOL/adapters/000/ ...         PEFT folders: adapter_config.json, adapter_model.safetensors
-POOL/typical.jsonl             optional: typical texts of each cluster, {"cluster", "prompt", "completion"}
+POOL/typical.jsonl             optional: typical texts of each cluster, {"cluster", "prompt", "completion", "position"?}
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
@@ -54,7 +55,9 @@ __all__ = [
     "Mode",
     "Pool",
     "PoolManifest",
+    "TypicalText",
     "adapter_folder",
+    "pool_name",
     "pool_version",
     "write_adapter_bundle",
     "write_pool",
@@ -73,6 +76,16 @@ class Embedding(Struct, frozen=True):
     tap_layer: Annotated[int, Meta(ge=0, description="index into transformers' hidden_states")]
     part: Literal["answer", "all", "prompt"]
     residual: Annotated[bool, Meta(description="freed of what the prompt predicts; part is then answer")]
+
+
+class TypicalText(TypedDict):
+    """A line of typical.jsonl."""
+
+    cluster: Annotated[int, Meta(ge=0)]
+    prompt: str
+    completion: str
+    position: NotRequired[list[float]]
+    """z of the text at unit length, [k]: among the indicators."""
 
 
 class PoolManifest(Struct, frozen=True, kw_only=True, tag_field="kind", tag="pool"):
@@ -115,20 +128,22 @@ class Pool:
         """Open a pool and check it: its manifest, the size of every file, and that the adapters are of its base and shape.
 
         Args:
-            verify: also check every hash.
+            verify: also check every hash, and that no number in an adapter is NaN or infinite.
 
         Raises:
             ManifestError: there is no pool, or its manifest contradicts itself.
             IntegrityError: a file is missing, damaged or of another build.
-            AdapterError: an adapter is of another base.
+            AdapterError: an adapter is of another base, or holds NaN or infinity.
         """
         path = Path(path).resolve()
         manifest = _read_manifest(path)
         for file in manifest.files:
             _check_file(path, file, verify)
-        pool = cls(path, manifest, _read_projection(path / PROJECTION, manifest))
+        pool = cls(path, manifest, read_projection(path / PROJECTION, manifest))
         for n in range(manifest.adapters):
-            pool.lora(n)
+            lora = pool.lora(n)
+            if verify:
+                _check_finite(lora, path / adapter_folder(n))
         return pool
 
     def lora(self, n: int) -> dict[str, Pair]:
@@ -157,10 +172,24 @@ class Pool:
             rank,
         )
 
-    def typical(self) -> list[dict[str, Any]]:
-        """The typical texts of the clusters; none if the pool has none."""
+    def typical(self) -> list[TypicalText]:
+        """The typical texts of the clusters; none if the pool has none.
+
+        Raises:
+            IntegrityError: a line is no such text, or of a cluster that the pool does not have.
+        """
         path = self.path / TYPICAL
-        return [json.loads(line) for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
+        decoder = msgspec.json.Decoder(TypicalText)
+        try:
+            texts = [decoder.decode(line) for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
+        except (ValueError, RecursionError) as e:  # also msgspec's
+            raise IntegrityError(f"a line is no typical text: {e}", where=path, do="fetch the pool again") from None
+        for text in texts:
+            if text["cluster"] >= self.manifest.adapters:
+                raise IntegrityError(f"there is no cluster {text['cluster']}", where=path, do="fetch the pool again")
+            if len(text.get("position", [])) not in (0, self.manifest.dimensions):
+                raise IntegrityError("a position has another length than the indicators", where=path)
+        return texts
 
     @cached_property
     def _loras(self) -> list[dict[str, Pair]]:
@@ -172,9 +201,29 @@ def adapter_folder(n: int) -> str:
     return f"adapters/{n:03d}"
 
 
-def pool_version(files: Iterable[File]) -> str:
-    """What tells two builds apart: the first 16 hex digits of the SHA-256 over the sorted lines "path sha256" of the files."""
-    lines = sorted(f"{file.path} {file.sha256}" for file in files)
+def pool_name(out: str | os.PathLike[str]) -> str:
+    """The name of a pool that is written to a folder: the folder's.
+
+    Raises:
+        InvalidInput: it cannot be a name.
+    """
+    name = Path(out).absolute().name
+    try:
+        return msgspec.convert(name, Name)
+    except msgspec.ValidationError:
+        do = "use letters, digits, '.', '_' and '-', and begin with one of the first two"
+        raise InvalidInput(f"a pool cannot be called {name!r:.200}", where=out, do=do) from None
+
+
+def pool_version(manifest: PoolManifest) -> str:
+    """What tells two builds apart: the first 16 hex digits of the SHA-256 over what changes an adapter.
+
+    That are the sorted lines "path sha256" of the files, and a line of JSON, keys sorted and without spaces, of the manifest's
+    `blend`, `embedding`, `scale` and `weighting`.
+    """
+    lines = sorted(f"{file.path} {file.sha256}" for file in manifest.files)
+    choices = {name: getattr(manifest, name) for name in ("blend", "embedding", "scale", "weighting")}
+    lines.append(msgspec.json.encode(choices, order="sorted").decode())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -182,9 +231,10 @@ def write_pool(
     out: str | os.PathLike[str],
     manifest: PoolManifest,
     projection: Projection,
-    adapters: Iterable[tuple[Mapping[str, Any] | None, Mapping[str, Pair]]],
+    adapters: Iterable[Path | tuple[Mapping[str, Any] | None, Mapping[str, Pair]]],
     *,
     typical: Iterable[Mapping[str, Any]] = (),
+    further: Mapping[str, bytes] = {},
     replace: bool = False,
 ) -> Pool:
     """Write a pool; it appears at `out` when it is whole.
@@ -192,8 +242,10 @@ def write_pool(
     Args:
         manifest: what the pool says of itself; `version` and `files` are filled in, and `serial` if it is 0.
         adapters: for each adapter what its adapter_config.json holds (None: a plain PEFT LoRA of the manifest's rank and scale), and
-            by module A [r, in] and B [out, r], float32 or float16, without the scale. Taken one at a time.
+            by module A [r, in] and B [out, r], float32 or float16, without the scale. Or a folder of another pool's adapter, which is
+            copied. Taken one at a time.
         typical: lines of typical.jsonl.
+        further: files by name, for people to read.
         replace: swap an existing pool at `out` against this one, at the end.
 
     Raises:
@@ -210,9 +262,14 @@ def write_pool(
         save_file(
             {k: np.ascontiguousarray(v, np.float32) for k, v in arrays.items() if v is not None}, folder / PROJECTION
         )
-        for n, (config, tensors) in enumerate(adapters):
+        for n, adapter in enumerate(adapters):
             place = folder / adapter_folder(n)
             place.mkdir(parents=True)
+            if isinstance(adapter, Path):
+                for file in (CONFIG, WEIGHTS):
+                    shutil.copyfile(adapter / file, place / file)
+                continue
+            config, tensors = adapter
             (place / CONFIG).write_text(
                 json.dumps(
                     config or peft_config(manifest.rank, manifest.scale, manifest.targets), indent=2, sort_keys=True
@@ -222,16 +279,23 @@ def write_pool(
             save_file(_peft_tensors(tensors), place / WEIGHTS, metadata={BASE_FINGERPRINT: manifest.base_fingerprint})
         if lines := [json.dumps(text, ensure_ascii=False) + "\n" for text in typical]:
             (folder / TYPICAL).write_text("".join(lines), encoding="utf-8")
+        for name, content in further.items():
+            (folder / name).write_bytes(content)
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         for path in paths:
             path.chmod(0o644)  # safetensors writes for its owner alone
         files = [File(p.relative_to(folder).as_posix(), p.stat().st_size, sha256_file(p)) for p in paths]
-        manifest = msgspec.structs.replace(
-            manifest, version=pool_version(files), serial=manifest.serial or int(time.time()), files=files
-        )
+        manifest = msgspec.structs.replace(manifest, serial=manifest.serial or int(time.time()), files=files)
+        manifest = msgspec.structs.replace(manifest, version=pool_version(manifest))
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
         Pool.open(folder)
     return Pool.open(out)
+
+
+def _check_finite(lora: Mapping[str, Pair], where: Path) -> None:
+    for module, matrices in lora.items():
+        if not all(np.isfinite(matrix).all() for matrix in matrices):
+            raise AdapterError(f"{module} holds NaN or infinity", where=where, do="fetch or build the pool again")
 
 
 def _peft_tensors(tensors: Mapping[str, Pair]) -> dict[str, Matrix]:
@@ -268,15 +332,25 @@ def _read_manifest(path: Path) -> PoolManifest:
         document = where.read_bytes()
     except OSError as e:
         raise ManifestError(f"there is no pool here: {e.strerror}", where=where, do="check the path") from None
+    return parse_manifest(document, where=str(where))
+
+
+def parse_manifest(document: bytes, *, where: str) -> PoolManifest:
+    """Read a pool.json, and check everything about it that can be checked without its files.
+
+    Raises:
+        ManifestError: it is not JSON, breaks the schema, or contradicts itself.
+        IntegrityError: its version is not that of the files that it lists.
+    """
     try:
         raw = json.loads(document)
-        check_version(raw, str(where))
+        check_version(raw, where)
         manifest = msgspec.convert(raw, PoolManifest)
     except (msgspec.ValidationError, RecursionError, ValueError) as e:
         raise ManifestError(str(e), where=where, do="fetch or build the pool again") from None
     paths = [file.path for file in manifest.files]
     for file in paths:
-        check_relative(file, str(where))
+        check_relative(file, where)
     wanted = {
         PROJECTION,
         *(f"{adapter_folder(n)}/{name}" for n in range(manifest.adapters) for name in (CONFIG, WEIGHTS)),
@@ -284,9 +358,9 @@ def _read_manifest(path: Path) -> PoolManifest:
     if len(set(paths)) != len(paths) or not wanted <= set(paths):
         missing = ", ".join(sorted(wanted - set(paths))[:3])
         raise ManifestError(f"`files` does not list {missing}" if missing else "`files` repeats a path", where=where)
-    if manifest.version != pool_version(manifest.files):
+    if manifest.version != pool_version(manifest):
         raise IntegrityError(
-            f"its version {manifest.version} is not that of its files ({pool_version(manifest.files)})",
+            f"its version {manifest.version} is not that of its files and choices ({pool_version(manifest)})",
             where=where,
             do="fetch the pool again; it was changed, or mixed from two builds",
         )
@@ -310,7 +384,8 @@ def _check_file(path: Path, file: File, verify: bool) -> None:
     raise IntegrityError(f"{file.path} {problem}", where=path, do="fetch or build the pool again")
 
 
-def _read_projection(path: Path, manifest: PoolManifest) -> Projection:
+def read_projection(path: Path, manifest: PoolManifest) -> Projection:
+    """Read a projection.safetensors into memory; IntegrityError if it is not what its pool's manifest asks for."""
     tensors, _ = read_mapped(path)
     d, k = tensors["projection"].shape if "projection" in tensors and tensors["projection"].ndim == 2 else (0, 0)
     shapes = {"mean": (d,), "projection": (d, manifest.dimensions), "indicators": (manifest.adapters, k)}

@@ -2,14 +2,19 @@
 
 A text is a prompt and a completion. The loss is the mean cross-entropy of their tokens, those of the prompt weighted by
 `prompt_weight`: 0.2 in pre-training (so that the model also learns what is said), 0 for LoRAs. AdamW, linear warm-up, cosine decay.
+
+Where it runs is accelerate's business: one CPU, one GPU, or the processes of `accelerate launch`. A batch is the same everywhere; it is
+split into as many parts as there are processes and steps of gradient accumulation, and the loss of each part is divided by the token
+weight of the whole batch. So the number of parts changes rounding, and nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
 
 from crayon_runtime.errors import InvalidInput
 from crayon_runtime.files import atomic_directory
@@ -21,12 +26,19 @@ if TYPE_CHECKING:
 
     import peft
     import torch
+    from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
+
+    from crayon_server.checkpoints import Checkpoints
 
     OnStep = Callable[[int, float], None]
     """Called with the number of steps done and the loss of the last."""
 
+    OnPart = Callable[[slice], None]
+    """Called before the model sees a part of a batch, with the texts of the batch that are in it."""
+
 Item = TypeVar("Item")
+Precision = Literal["no", "bf16"]
 
 FINAL_RATE = 0.05
 """What the learning rate decays to, as a fraction of its peak."""
@@ -67,6 +79,8 @@ class Options:
         steps: optimizer steps.
         learning_rate: the peak, reached after `warmup` steps; it decays to `FINAL_RATE` of that.
         prompt_weight: of a prompt token's loss, where a completion token's is 1.
+        gradient_accumulation: parts that each process runs its share of a batch in: less memory, the same result.
+        gradient_checkpointing: activations are computed again in the backward pass: less memory, more time.
         threads: of torch; None leaves its default.
     """
 
@@ -78,7 +92,51 @@ class Options:
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
     seed: int = 0
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
     threads: int | None = None
+
+
+def accelerator(precision: Precision | None = None) -> Accelerator:
+    """Where this process trains: alone, or with the others that `accelerate launch` has started.
+
+    Args:
+        precision: of the arithmetic; None: what `accelerate launch` says, else float32.
+
+    Raises:
+        InvalidInput: accelerate is configured for another precision, or for one process where there are several.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # a process may train again, with another precision
+    place = Accelerator(mixed_precision=precision)
+    if place.mixed_precision not in ("no", "bf16"):
+        raise InvalidInput(f"{place.mixed_precision} is not offered", where="accelerate", do="use bf16, or no")
+    if place.num_processes != int(os.environ.get("WORLD_SIZE", place.num_processes)):
+        raise InvalidInput(
+            "several processes were started that know nothing of each other",
+            where="WORLD_SIZE",
+            do="set ACCELERATE_USE_CPU=true where there is no GPU",
+        )
+    return place
+
+
+def put(model: torch.nn.Module, place: Accelerator) -> torch.nn.Module:
+    """A frozen base where it runs: on the device of this process, or sharded over those of all, if accelerate is configured for FSDP.
+
+    Raises:
+        InvalidInput: accelerate is configured for FSDP version 1.
+    """
+    from accelerate.utils import DistributedType, fsdp2_prepare_model
+
+    model.requires_grad_(False)
+    if place.distributed_type is not DistributedType.FSDP:
+        return model.to(place.device)
+    if not place.is_fsdp2:
+        raise InvalidInput("FSDP version 1 is not offered", where="accelerate", do="set fsdp_version to 2")
+    sharded: torch.nn.Module = fsdp2_prepare_model(place, model)
+    return sharded.eval()
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tokens:
@@ -144,42 +202,144 @@ def train(
     *,
     pad_id: int,
     on_step: OnStep | None = None,
+    on_part: OnPart | None = None,
     parameters: Sequence[torch.nn.Parameter] | None = None,
+    place: Accelerator | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[float]:
     """Train in place.
 
     Args:
-        batches: at least `options.steps` of them.
-        on_step: called after every step.
-        parameters: what to train; None: what of the model requires gradients.
+        batches: at least `options.steps` of them, the same in every process.
+        on_step: called after every step; at once for those that a checkpoint has.
+        on_part: see `OnPart`.
+        parameters: what to train, whole in every process; None: what of the model requires gradients.
+        place: where; None: `accelerator()`. What is trained on a GPU goes back to where it was.
+        checkpoints: where to go on from, and to save to; None: from the beginning.
 
     Returns:
         The loss of each step, in nats per weighted token.
+
+    Raises:
+        InvalidInput: a batch has fewer texts than parts, or the loss is no longer finite.
     """
     import torch
 
+    place = place or accelerator()
     parameters = parameters or [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, options))
     losses: list[float] = []
-    model.train()
-    with threads(options.threads):
-        for step in range(options.steps):
-            batch = collate(next(batches), pad_id, options.prompt_weight)
-            weights = batch.weights[:, 1:]
-            loss = (token_losses(model, batch) * weights).sum() / weights.sum()
+    with threads(options.threads), _on_device(model, parameters, place.device), _training(model, options):
+        optimizer = torch.optim.AdamW(
+            parameters, lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
+        )
+        if checkpoints:
+            losses = checkpoints.load(parameters, optimizer, place)
+        for step, loss in enumerate(losses, 1):
+            next(
+                batches
+            )  # drawn again and not used: that is the position in the data, and that of its random generators
+            if on_step:
+                on_step(step, loss)
+        for step in range(len(losses), options.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = options.learning_rate * rate(step, options)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            whole = collate(next(batches), pad_id, options.prompt_weight)
+            loss = _reduce(_backward(model, whole, options, place, on_part), parameters, place)
+            if not math.isfinite(loss):
+                raise InvalidInput(f"the loss of step {step + 1} is {loss}", do="train at a lower learning rate")
             torch.nn.utils.clip_grad_norm_(parameters, options.clip)
             optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
+            losses.append(loss)
+            if checkpoints and checkpoints.due(step + 1, options.steps):
+                checkpoints.save(parameters, optimizer, losses, place)
             if on_step:
-                on_step(step + 1, losses[-1])
-    model.eval()
+                on_step(step + 1, loss)
     return losses
+
+
+def _backward(
+    model: torch.nn.Module, whole: Batch, options: Options, place: Accelerator, on_part: OnPart | None
+) -> torch.Tensor:
+    """Add the gradients of this process's share of a batch; the share's part of the loss is returned."""
+    import torch
+
+    count = place.num_processes * options.gradient_accumulation
+    if len(whole.ids) < count:
+        raise InvalidInput(f"a batch of {len(whole.ids)} texts cannot be split into {count} parts", where="batch size")
+    total = whole.weights[:, 1:].sum().to(place.device)
+    bounds = [i * len(whole.ids) // count for i in range(count + 1)]
+    losses = []
+    for i in range(options.gradient_accumulation):
+        first = place.process_index * options.gradient_accumulation + i
+        part = slice(bounds[first], bounds[first + 1])
+        if on_part:
+            on_part(part)
+        batch = _part(whole, part, place.device)
+        with place.autocast():
+            loss = (token_losses(model, batch) * batch.weights[:, 1:]).sum() / total
+        place.backward(loss)
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+def _part(whole: Batch, rows: slice, device: torch.device) -> Batch:
+    """Rows of a batch, without the columns that none of them uses."""
+    ids, weights = whole.ids[rows], whole.weights[rows]
+    used = max([1, *weights.any(0).nonzero().flatten().tolist()]) + 1
+    return Batch(ids[:, :used].to(device), weights[:, :used].to(device))
+
+
+def _reduce(loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter], place: Accelerator) -> float:
+    """Sum loss and gradients over all processes.
+
+    Not by a wrapper of accelerate's: what is trained is small, and is whole in every process, even where the base is sharded.
+    """
+    import torch
+
+    if place.num_processes > 1:
+        shares = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = place.reduce(torch.cat([loss.reshape(1).float(), *(share.flatten() for share in shares)]), "sum")
+        loss, sums = flat[0], flat[1:].split([share.numel() for share in shares])
+        for parameter, summed in zip(parameters, sums, strict=True):
+            parameter.grad = summed.view_as(parameter).clone()
+    return loss.item()
+
+
+@contextlib.contextmanager
+def _on_device(
+    model: torch.nn.Module, parameters: Sequence[torch.nn.Parameter], device: torch.device
+) -> Iterator[None]:
+    home = parameters[0].device
+    if home == device:
+        yield
+        return
+    try:
+        _move(model, parameters, device)
+        yield
+    finally:
+        _move(model, parameters, home)
+
+
+def _move(model: torch.nn.Module, parameters: Sequence[torch.nn.Parameter], device: torch.device) -> None:
+    model.to(device)
+    for parameter in parameters:
+        parameter.data, parameter.grad = parameter.data.to(device), None
+
+
+@contextlib.contextmanager
+def _training(model: torch.nn.Module, options: Options) -> Iterator[None]:
+    """The model in training mode."""
+    model.train()
+    if options.gradient_checkpointing:
+        # the other form gives no gradients where the embedding is frozen
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        if options.gradient_checkpointing:
+            model.gradient_checkpointing_disable()  # type: ignore[operator]
+        model.eval()
 
 
 def rate(step: int, options: Options) -> float:

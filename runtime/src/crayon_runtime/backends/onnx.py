@@ -14,14 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from crayon_runtime.backends.base import Adapter, Step
+from crayon_runtime.backends.onnx_adapter import read_matrix, scale_name
 from crayon_runtime.errors import AdapterError, BackendError
 from crayon_runtime.manifest import OnnxAdapterVariant, OnnxVariant
 
 if TYPE_CHECKING:
     from crayon_runtime.backends.base import Ids
     from crayon_runtime.bundle import Bundle
+    from crayon_runtime.manifest import AdapterDtype
 
 _KV_TYPES: dict[str, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16}
+_ADAPTER_TYPES: dict[AdapterDtype, str] = {"fp32": "tensor(float)", "fp16": "tensor(float16)", "int8": "tensor(int8)"}
 _QUIET = 3  # errors only: ONNX Runtime warns once for every adapter slot that keeps its default
 
 
@@ -63,7 +66,7 @@ class OnnxBackend:
         return cls(_session(bundle.file(variant.model), threads), bundle)
 
     def read_adapter(self, bundle: Bundle) -> OnnxAdapter:
-        """Read an adapter bundle; its tensors stay mapped until the adapter is dropped."""
+        """Read an adapter bundle; its tensors stay in memory until the adapter is dropped."""
         manifest = bundle.as_adapter
         if not self._slots:
             raise AdapterError(
@@ -81,7 +84,7 @@ class OnnxBackend:
         variant = manifest.variants.onnx
         if not isinstance(variant, OnnxAdapterVariant):
             raise AdapterError("the adapter has no ONNX variant", where=bundle.path)
-        adapter = OnnxAdapter(manifest.name, bundle.file(variant.file))
+        adapter = OnnxAdapter(manifest.name, bundle.file(variant.file), variant.dtype)
         self._check(adapter)
         return adapter
 
@@ -108,21 +111,39 @@ class OnnxBackend:
 
 
 class OnnxAdapter:
-    """The tensors of a `.onnx_adapter` file, by the name of the input they are bound to.
+    """The tensors of a `.onnx_adapter` file as float32, by the name of the input they are bound to.
 
     They are bound as inputs: `run_with_iobinding` ignores ONNX Runtime's own active adapters (1.31).
     """
 
-    def __init__(self, name: str, path: Path) -> None:
+    def __init__(self, name: str, path: Path, dtype: AdapterDtype) -> None:
         import onnxruntime as ort
 
         self.name = name
         self.path = path
         try:
             self._file = ort.AdapterFormat.read_adapter(str(path))  # owns the memory of the tensors
-            self.tensors: dict[str, Any] = self._file.get_parameters()
+            stored: dict[str, Any] = self._file.get_parameters()
         except Exception as e:  # ONNX Runtime raises its own types, and RuntimeError
             raise AdapterError(f"not a readable .onnx_adapter file: {e}", where=path) from e
+        self.tensors = self._read(stored, dtype)
+
+    def _read(self, stored: dict[str, Any], dtype: AdapterDtype) -> dict[str, Any]:
+        import onnxruntime as ort
+
+        types = {name: _ADAPTER_TYPES[dtype] for name in stored if name.endswith(".weight")}
+        if dtype == "int8":
+            types |= {scale_name(name): _ADAPTER_TYPES["fp32"] for name in types}
+        for name in [*types, *stored]:
+            found = stored[name].data_type() if name in stored else "absent"
+            if found != types.get(name):
+                raise AdapterError(f"{name} is {found}, which is not of an adapter in {dtype}", where=self.path)
+        tensors = {}
+        for name in (name for name in types if name.endswith(".weight")):
+            scale = stored.get(scale_name(name))
+            matrix = read_matrix(name, stored[name].numpy(), scale and scale.numpy(), where=self.path)
+            tensors[name] = stored[name] if dtype == "fp32" else ort.OrtValue.ortvalue_from_numpy(matrix)
+        return tensors
 
 
 class OnnxCache:

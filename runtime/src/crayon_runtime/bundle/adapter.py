@@ -1,22 +1,30 @@
-"""Writing an adapter bundle from its tensors, one of them in memory at a time."""
+"""Writing an adapter, as a bundle or as an archive, from its tensors, one of them in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from crayon_runtime.backends.onnx_adapter import write_onnx_adapter
+from crayon_runtime.bundle.archive import write_archive
 from crayon_runtime.bundle.reader import Bundle
-from crayon_runtime.bundle.writer import BundleWriter
+from crayon_runtime.bundle.writer import BundleWriter, HashedFile
+from crayon_runtime.files import CHUNK, atomic_file
 from crayon_runtime.manifest import (
     PRODUCER,
     SCHEMA_VERSION,
+    AdapterDtype,
     AdapterManifest,
     AdapterTarget,
     AdapterVariants,
     BlendedFrom,
+    File,
     OnnxAdapterVariant,
+    to_json,
 )
 
 if TYPE_CHECKING:
@@ -32,6 +40,7 @@ def write_adapter(
     *,
     name: str,
     base_fingerprint: str,
+    dtype: AdapterDtype = "fp32",
     pool: BlendedFrom | None = None,
     replace: bool = False,
 ) -> Bundle:
@@ -39,26 +48,62 @@ def write_adapter(
 
     Args:
         tensors: for each target `MODULE.lora_A.weight` [in, r] and `MODULE.lora_B.weight` [r, out], with alpha/r in B.
+        dtype: what the tensors are stored in. onnxruntime-genai takes fp32 alone.
         pool: that it was blended from.
 
     Raises:
         OutputError: the target exists, or cannot be written.
-        AdapterError: a tensor is not what its shape says, or there is more than an adapter file holds.
+        AdapterError: a tensor is not what its shape says, holds what the dtype cannot, or there is more than an adapter file holds.
     """
-    ranks = {key.removesuffix(_A): shape[1] for key, (shape, _) in tensors.items() if key.endswith(_A)}
+    manifest = _manifest(tensors, name, base_fingerprint, dtype, pool)
     with BundleWriter(out, replace=replace) as writer:
         with writer.open(_FILE) as file:
-            write_onnx_adapter(file, tensors)
-        writer.finish(
-            AdapterManifest(
-                schema_version=SCHEMA_VERSION,
-                name=name,
-                base_fingerprint=base_fingerprint,
-                producer=PRODUCER,
-                targets=[AdapterTarget(module, rank) for module, rank in ranks.items()],
-                variants=AdapterVariants(onnx=OnnxAdapterVariant(_FILE)),
-                pool=pool,
-                files=[],
-            )
-        )
+            write_onnx_adapter(file, tensors, dtype)
+        writer.finish(manifest)
     return Bundle.open(out)
+
+
+def write_adapter_archive(
+    archive: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    name: str,
+    base_fingerprint: str,
+    dtype: AdapterDtype = "fp32",
+    pool: BlendedFrom | None = None,
+    sign: Callable[[bytes], bytes] | None = None,
+) -> None:
+    """Write what packing that bundle would give, in place of an older file, without making the bundle.
+
+    Args:
+        sign: makes a signature.json of a manifest; None: the bundle is not signed.
+
+    Raises:
+        OutputError, AdapterError: see `write_adapter`.
+    """
+    with atomic_file(archive) as out, tempfile.TemporaryFile(dir=archive.parent) as scratch:
+        content = HashedFile(scratch)
+        write_onnx_adapter(content, tensors, dtype)
+        file = File(_FILE, content.tell(), content.sha256)
+        document = to_json(
+            msgspec.structs.replace(_manifest(tensors, name, base_fingerprint, dtype, pool), files=[file])
+        )
+        scratch.seek(0)
+        chunks = iter(lambda: scratch.read(CHUNK), b"")
+        write_archive(out, document, sign(document) if sign else None, [(file, chunks)])
+
+
+def _manifest(
+    tensors: Mapping[str, Tensor], name: str, base_fingerprint: str, dtype: AdapterDtype, pool: BlendedFrom | None
+) -> AdapterManifest:
+    ranks = {key.removesuffix(_A): shape[1] for key, (shape, _) in tensors.items() if key.endswith(_A)}
+    return AdapterManifest(
+        schema_version=SCHEMA_VERSION,
+        name=name,
+        base_fingerprint=base_fingerprint,
+        producer=PRODUCER,
+        targets=[AdapterTarget(module, rank) for module, rank in ranks.items()],
+        variants=AdapterVariants(onnx=OnnxAdapterVariant(_FILE, dtype)),
+        pool=pool,
+        files=[],
+    )

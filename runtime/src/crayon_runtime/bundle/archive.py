@@ -9,6 +9,7 @@ from __future__ import annotations
 import stat
 import struct
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
@@ -17,6 +18,7 @@ from crayon_runtime.bundle.checks import read_source
 from crayon_runtime.bundle.source import MANIFEST, SIGNATURE, Entry, Folder, OnBytes, read_file, read_signature
 from crayon_runtime.errors import BundleError
 from crayon_runtime.files import atomic_file
+from crayon_runtime.manifest import File
 
 if TYPE_CHECKING:
     import zipfile  # 15 ms; imported where an archive is opened or written
@@ -79,22 +81,35 @@ def pack(bundle: Path, archive: Path, *, on_bytes: OnBytes | None = None) -> Pat
         BundleError: the folder is not exactly what its manifest says.
         OutputError: the archive cannot be written.
     """
-    import zipfile
-
     source = Folder(Path(bundle))
     document, manifest = read_source(source)
     signature = read_signature(source)
-    with atomic_file(Path(archive)) as out, zipfile.ZipFile(out, "w") as packed:
+
+    def counted(file: File) -> Iterator[bytes]:
+        for chunk in read_file(source, file):
+            yield chunk
+            if on_bytes:
+                on_bytes(len(chunk))
+
+    with atomic_file(Path(archive)) as out:
+        write_archive(out, document, signature, [(file, counted(file)) for file in manifest.files])
+    return Path(archive)
+
+
+def write_archive(
+    out: IO[bytes], document: bytes, signature: bytes | None, files: Iterable[tuple[File, Iterable[bytes]]]
+) -> None:
+    """Write what a `.crayon` file holds: a manifest, its signature, and the files that the manifest lists, in pieces."""
+    import zipfile
+
+    with zipfile.ZipFile(out, "w") as packed:
         packed.writestr(_info(MANIFEST, len(document)), document)
         if signature is not None:
             packed.writestr(_info(SIGNATURE, len(signature)), signature)
-        for file in sorted(manifest.files, key=lambda file: file.path):
+        for file, chunks in sorted(files, key=lambda item: item[0].path):
             with packed.open(_info(file.path, file.size), "w") as entry:
-                for chunk in read_file(source, file):
+                for chunk in chunks:
                     entry.write(chunk)
-                    if on_bytes:
-                        on_bytes(len(chunk))
-    return Path(archive)
 
 
 def _info(path: str, size: int) -> zipfile.ZipInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,10 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # old names of transformers', which peft and we use as long as there is a version without the new ones
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()

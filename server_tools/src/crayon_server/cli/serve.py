@@ -3,51 +3,152 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import signal
 import socket
 import sys
 import tempfile
+import threading
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from crayon_runtime.cli.common import PATH, note
 from crayon_runtime.errors import InvalidInput, OutputError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import uvicorn
+    from fastapi import FastAPI
+
+_OPEN_REQUESTS = 64  # of a worker
+_STOP_SECONDS = 10  # what open requests have to end
+_START_SECONDS = 60  # what a worker has to say that it lives; on a busy machine even its start takes long
+_STALL_SECONDS = 60  # how long a client may take nothing of what it is sent
+
 
 @click.command()
-@click.argument("pool", type=PATH)
+@click.argument("pool")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes that answer.")
 @click.option("--keys", type=PATH, help="The key store to sign adapters with; see `crayon keys`.")
 @click.option("--api-key-file", type=PATH, help="A file with the key that clients have to send.")
+@click.option("--rate-limit", metavar="RATE", help="How often one address may ask a worker, as 60/minute.")
+@click.option("--proxy", metavar="ADDRESS", help="Of a proxy whose X-Forwarded-For names the client.")
 @click.option("--cache", type=PATH, help="Where to keep finished adapters.  [default: until the service stops]")
-def serve(pool: Path, host: str, port: int, keys: Path | None, api_key_file: Path | None, cache: Path | None) -> None:
+def serve(
+    pool: str,
+    host: str,
+    port: int,
+    workers: int,
+    keys: Path | None,
+    api_key_file: Path | None,
+    rate_limit: str | None,
+    proxy: str | None,
+    cache: Path | None,
+) -> None:
     """Serve a pool: devices send alpha, and get an adapter.
+
+    POOL is a folder, or where fsspec finds one, as s3://bucket/pool.
 
     Put a proxy that speaks TLS in front of it before you listen on anything but this machine.
     """
-    import uvicorn
+    from crayon_server.service.pools import fetch_pool, is_remote, without_credentials
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what is temporary is removed
+    with nullcontext(cache) if cache else tempfile.TemporaryDirectory(prefix="crayon-serve-") as temporary:
+        folder = Path(temporary)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise OutputError(f"the cache cannot be written: {e.strerror}", where=folder) from e
+        application = partial(
+            _application,
+            fetch_pool(pool, _pools(cache)) if is_remote(pool) else Path(pool),
+            keys,
+            cache=folder,
+            api_key=_read_key(api_key_file),
+            rate_limit=rate_limit,
+        )
+        with _listen(host, port) as listening:
+            app = application()
+            if keys is None:
+                note("adapters are not signed: no --keys")
+            where = f"[{host}]" if ":" in host else host
+            note(f"serving {without_credentials(pool)} at http://{where}:{listening.getsockname()[1]}")
+            if workers == 1:
+                _run(app, listening, proxy)
+            else:
+                del app  # it was made to see that it can be
+                _run_workers(application, listening, proxy, workers)
+
+
+def _application(*args: Path | None, **options: object) -> FastAPI:
+    """`create_app`, also in a process of its own, which ends with the one that started it."""
     from crayon_server.service import create_app
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("crayon.service").setLevel(logging.INFO)
-    with nullcontext(cache) if cache else tempfile.TemporaryDirectory(prefix="crayon-serve-") as folder:
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise OutputError(f"the cache cannot be written: {e.strerror}", where=folder) from e
-        app = create_app(pool, keys, cache=Path(folder), api_key=_read_key(api_key_file))
-        if keys is None:
-            note("adapters are not signed: no --keys")
-        with _listen(host, port) as listening:
-            where = f"[{host}]" if ":" in host else host
-            note(f"serving {pool} at http://{where}:{listening.getsockname()[1]}")
-            config = uvicorn.Config(app, log_config=None, access_log=False, limit_concurrency=64, server_header=False)
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its end
-            uvicorn.Server(config).run([listening])
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def follow() -> None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=follow, daemon=True).start()
+    return create_app(*args, **options)  # type: ignore[arg-type]
+
+
+def _run(app: FastAPI, listening: socket.socket, proxy: str | None) -> None:
+    import uvicorn
+
+    uvicorn.Server(_config(app, proxy)).run([listening])  # raises a signal that ends it once more, at its end
+
+
+def _run_workers(application: Callable[[], FastAPI], listening: socket.socket, proxy: str | None, workers: int) -> None:
+    from uvicorn.supervisors import Multiprocess
+
+    from crayon_server.service.metrics import MULTIPROCESS
+
+    with tempfile.TemporaryDirectory(prefix="crayon-metrics-") as folder:
+        os.environ[MULTIPROCESS] = folder
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the cores are for the workers
+        Multiprocess(_config(application, proxy, workers=workers, factory=True), [listening]).run()
+
+
+def _config(app: Callable[..., object], proxy: str | None, **options: object) -> uvicorn.Config:
+    import uvicorn
+
+    from crayon_server.service.connection import Connection
+
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=_OPEN_REQUESTS,
+        timeout_graceful_shutdown=_STOP_SECONDS,
+        timeout_worker_healthcheck=_START_SECONDS,
+        proxy_headers=proxy is not None,
+        forwarded_allow_ips=proxy or "",
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def _pools(cache: Path | None) -> Path:
+    """Where pools from elsewhere are kept."""
+    from platformdirs import user_cache_path
+
+    return (cache or user_cache_path("crayon", appauthor=False)) / "pools"
 
 
 def _read_key(path: Path | None) -> str | None:
@@ -69,5 +170,8 @@ def _listen(host: str, port: int) -> socket.socket:
         raise OutputError(
             f"this address cannot be listened on: {e.strerror}", where=f"{host}:{port}", do="choose another --port"
         ) from e
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # inherited; without it, answers wait for 40 ms
+    # Both are inherited by connections.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # without it, answers wait for 40 ms
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _STALL_SECONDS)
     return listening

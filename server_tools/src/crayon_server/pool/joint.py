@@ -3,6 +3,8 @@
     A(alpha) = sum_n alpha_n A_n      B(alpha) = sum_n alpha_n B_n      y = W x + scale B(alpha) A(alpha) x
 
 A(alpha) and B(alpha) are formed per text, then two `bmm`: the cost of a step is that of one LoRA of rank r, whatever N is.
+
+The LoRAs are float32 and whole in every process, whatever the base is: bfloat16, or sharded over many GPUs.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
     import torch
+    from accelerate import Accelerator
 
+    from crayon_server.checkpoints import Checkpoints
     from crayon_server.training import OnStep, Options, Tokens
 
     Floats = npt.NDArray[np.float32]
@@ -33,10 +37,10 @@ class JointLoras:
 
     Attributes:
         alpha: float32 [B, N], the weights of each text of the next batch; None: the base model answers.
-        matrices: module -> A [N, rank, in] and B [N, out, rank], not scaled.
+        matrices: module -> A float32 [N, rank, in] and B float32 [N, out, rank], not scaled, where the model is.
 
     Args:
-        model: a transformers decoder; its linears have hooks until `remove`.
+        model: a transformers decoder, or what accelerate made of it; its linears have hooks until `remove`.
         targets: names of the linears of every block.
     """
 
@@ -61,7 +65,9 @@ class JointLoras:
         for name, linear in model.named_modules():
             if isinstance(linear, torch.nn.Linear) and name.rpartition(".")[2] in targets:
                 a = torch.randn(count, rank, linear.in_features, generator=generator) / math.sqrt(linear.in_features)
-                pair = (torch.nn.Parameter(a), torch.nn.Parameter(torch.zeros(count, linear.out_features, rank)))
+                b = torch.zeros(count, linear.out_features, rank)
+                device = linear.weight.device
+                pair = (torch.nn.Parameter(a.to(device)), torch.nn.Parameter(b.to(device)))
                 self.matrices[name] = pair
                 self._hooks.append(linear.register_forward_hook(self._hook(*pair)))
 
@@ -71,8 +77,9 @@ class JointLoras:
         def add(_: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
             if self.alpha is None:
                 return output
-            blended_a = torch.einsum("bn,nri->bir", self.alpha, a)
-            blended_b = torch.einsum("bn,nor->bro", self.alpha, b)
+            with torch.autocast(output.device.type, enabled=False):  # a sum over N in bfloat16 loses too much
+                blended_a = torch.einsum("bn,nri->bir", self.alpha, a).to(output.dtype)
+                blended_b = torch.einsum("bn,nor->bro", self.alpha, b).to(output.dtype)
             return output + self.scale * torch.bmm(torch.bmm(inputs[0], blended_a), blended_b)
 
         return add
@@ -89,7 +96,7 @@ class JointLoras:
     def lora(self, n: int) -> dict[str, tuple[Floats, Floats]]:
         """The n-th LoRA: module -> A float32 [rank, in] and B float32 [out, rank], not scaled."""
         return {
-            module: (a[n].detach().numpy().copy(), b[n].detach().numpy().copy())
+            module: (a[n].detach().cpu().numpy().copy(), b[n].detach().cpu().numpy().copy())
             for module, (a, b) in self.matrices.items()
         }
 
@@ -107,21 +114,40 @@ class JointLoras:
         batch_size: int,
         pad_id: int,
         on_step: OnStep | None = None,
+        place: Accelerator | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> list[float]:
-        """Train all LoRAs on `texts`, each with its own weights; the loss of each step is returned."""
+        """Train all LoRAs on `texts`, each with its own weights; the loss of each step is returned.
+
+        The other arguments, and what is raised, are those of `training.train`.
+        """
         import torch
 
         generator = np.random.default_rng(options.seed)
+        place = place or training.accelerator()
+        alphas = torch.empty(0)
 
         def batches() -> Iterator[list[Tokens]]:
+            nonlocal alphas
             for batch in training.epochs(range(len(texts)), batch_size, options.seed):
-                self.alpha = torch.from_numpy(weights(batch, generator))
+                alphas = torch.from_numpy(weights(batch, generator)).to(place.device)
                 yield [texts[i] for i in batch]
+
+        def on_part(part: slice) -> None:
+            self.alpha = alphas[part]
 
         self.model.requires_grad_(False)
         try:
             return training.train(
-                self.model, batches(), options, pad_id=pad_id, on_step=on_step, parameters=self.parameters
+                self.model,
+                batches(),
+                options,
+                pad_id=pad_id,
+                on_step=on_step,
+                on_part=on_part,
+                parameters=self.parameters,
+                place=place,
+                checkpoints=checkpoints,
             )
         finally:
             self.alpha = None

@@ -1,0 +1,60 @@
+"""`crayon serve` in a process of its own, for as long as the demo needs it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from crayon_runtime.errors import BackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+START_SECONDS = 60.0
+STOP_SECONDS = 10.0
+
+
+@contextmanager
+def serving(pool: Path, keys: Path, log: Path) -> Iterator[tuple[str, int]]:
+    """Serve a pool on a free port of loopback, with adapters signed; the service ends with the block, whatever ends that.
+
+    Args:
+        log: the file for what it says.
+
+    Yields:
+        Its host and port.
+
+    Raises:
+        BackendError: it does not start.
+    """
+    command = [sys.executable, "-m", "crayon_runtime", "serve", str(pool), "--port", "0", "--keys", str(keys)]
+    with log.open("wb") as said, ended(subprocess.Popen(command, stdout=said, stderr=said)) as process:
+        yield _address(process, log)
+
+
+@contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """End a process with the block."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> tuple[str, int]:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        if found := re.search(r"http://([\d.]+):(\d+)", log.read_text(errors="replace")):
+            return found[1], int(found[2])
+        time.sleep(0.02)
+    raise BackendError("the service did not start", where="crayon serve", do=log.read_text(errors="replace").strip())

@@ -1,0 +1,371 @@
+"""The demo: ten examples change a device, and never leave it.
+
+    export nano to int4 ──> build a pool ──> serve it ──> three users customize over HTTP ──> before / after ──> report
+                            (meanwhile, an oracle LoRA for each of the three)
+
+The service is a process of its own, and so is the device, which has no torch. Between the two stands a relay that writes down every byte.
+Everything is judged on queries whose answers are in no text that the pool, the oracles or the customizations are made from.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from crayon_runtime.errors import BackendError, OutputError
+from crayon_runtime.files import atomic_directory
+from crayon_runtime.pool import Pool
+from crayon_runtime.signing import KEYS, KeyStore, TrustedKeys
+from crayon_server.data.phone_assistant import benchmark, write
+from crayon_server.data.phone_assistant.world import translate
+from crayon_server.demo import device, oracle
+from crayon_server.demo.device import MODELS, Job, Measurements, Text
+from crayon_server.demo.report import KIND, DemoReport, Line, Message, Person, PoolFacts, Score
+from crayon_server.demo.service import ended, serving
+from crayon_server.demo.wire import Exchange, Wire, split
+from crayon_server.evaluate.exact_match import judge
+from crayon_server.pool.build import Settings as PoolSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from crayon_export.exporter import Exported
+    from crayon_server.data.phone_assistant import Benchmark, Convention
+
+    Progress = Callable[..., AbstractContextManager[Callable[[int], None]]]
+
+PERSONAS = {"alice": "validation-35", "clara": "validation-22", "bruno": "validation-05"}
+"""Validation users with a calendar, so that all can be told the same. They were chosen for their conventions, before anything was
+measured: one that is common among the users that the pool is trained on, one that is rare, and one that it never saw."""
+SHARED_PROMPT = "schedule dinner with anna on monday at half seven in the evening\n"
+STEPS, GROUP_SIZE = 150, 32
+REPORT, PAGE = "report.json", "report.html"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much the demo does; the defaults keep it within three minutes on two cores.
+
+    Attributes:
+        pool: of the pool's training.
+        sources: training users whose texts the pool is built from.
+        oracle_texts, oracle_steps: of each user's oracle LoRA, and of training all of them together.
+        queries: of each user.
+        threads: to answer; None: the backend's choice.
+    """
+
+    pool: PoolSettings = field(default_factory=lambda: PoolSettings(steps=STEPS, threads=1))
+    sources: int = 192
+    oracle_texts: int = 256
+    oracle_steps: int = 100
+    queries: int = 40
+    threads: int | None = None
+
+    @classmethod
+    def with_threads(cls, threads: int | None) -> Settings:
+        """The defaults with so many threads; None: one to train, as more get in each other's way at this size."""
+        return cls(PoolSettings(steps=STEPS, threads=threads or 1), threads=threads)
+
+
+def run(
+    out: Path,
+    settings: Settings | None = None,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda *_, **__: nullcontext(lambda _: None),
+) -> DemoReport:
+    """Tell the whole story into a folder, with report.html and report.json; the folder appears when it is finished.
+
+    Args:
+        out: the folder of an earlier demo is replaced.
+        say: told what was done, and how long it took.
+        progress: as `crayon_runtime.cli.common.progress`, for the long part.
+
+    Raises:
+        OutputError: there is something else at `out`.
+        BackendError: one of the demo's processes failed.
+    """
+    _check_out(out)
+    with atomic_directory(out, replace=True) as folder:
+        from crayon_server.demo.page import render
+
+        story = _Story(folder, settings or Settings(), say, progress)
+        report = story.tell()
+        content = json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        (folder / REPORT).write_text(content, encoding="utf-8")
+        (folder / PAGE).write_text(render(report, Pool.open(story.pool)), encoding="utf-8")
+    return report
+
+
+def _check_out(out: Path) -> None:
+    """Only a demo is replaced, or an empty folder."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        kind = json.loads((out / REPORT).read_bytes()).get("kind")
+    except (OSError, ValueError, AttributeError):
+        kind = None
+    if kind != KIND:
+        raise OutputError(
+            "there is something else than an earlier demo", where=out, do="choose another folder with --out"
+        )
+
+
+class _Story:
+    """One telling: where things lie, who is in it, and what took how long."""
+
+    def __init__(self, folder: Path, settings: Settings, say: Callable[[str], None], progress: Progress) -> None:
+        self.folder, self.settings, self._say, self._progress = folder, settings, say, progress
+        self.bundle = folder / "device/bundle"
+        self.pool = folder / "server/pool"
+        self.keys = folder / "server/keys"
+        self.log = folder / "server/service.log"
+        self.world: Benchmark = benchmark()
+        people = {user.name: user for user in self.world.validation}
+        self.users = {name: people[user] for name, user in PERSONAS.items()}
+        self.sources = self.world.train[: settings.sources]
+        asked = {query.completion for user in self.users.values() for query in user.queries}
+        self.texts = [(u.name, e) for u in self.sources for e in u.examples if e.completion not in asked]
+        self.stages: list[tuple[str, float]] = []
+
+    def tell(self) -> DemoReport:
+        started = time.perf_counter()
+        self._say("about two minutes on two cores")
+        with self._oracle() as training:
+            exported = self._export()
+            pool = self._build()
+            with self._stage("waited for the oracle LoRAs, which were trained meanwhile"):
+                training.wait()
+        measured, exchanges = self._customize(pool)
+        return self._report(exported, pool, measured, exchanges, time.perf_counter() - started)
+
+    @contextmanager
+    def _stage(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.stages.append((what, seconds))
+        self._say(f"{seconds:5.1f} s  {what}")
+
+    def _export(self) -> Exported:
+        with self._stage("exported nano to int4, for the device"):
+            from crayon_export import export
+            from crayon_server.models import load_nano
+
+            return export(
+                load_nano(),
+                self.bundle,
+                backend="onnx",
+                quantize="int4",
+                group_size=GROUP_SIZE,
+                golden_texts=[(e.prompt, e.completion) for user in self.users.values() for e in user.examples[:2]],
+            )
+
+    def _build(self) -> Pool:
+        settings = self.settings.pool
+        what = f"built a pool of {settings.adapters} LoRAs from what {len(self.sources)} other users said"
+        with self._stage(what), self._progress("building the pool", settings.steps, unit="steps") as on_step:
+            from crayon_server.models import load_nano
+            from crayon_server.pool.build import build
+
+            return build(
+                load_nano(),
+                [example for _, example in self.texts],
+                self.pool,
+                groups=[user for user, _ in self.texts],
+                settings=settings,
+                on_step=lambda *_: on_step(1),
+            )
+
+    @contextmanager
+    def _oracle(self) -> Iterator[subprocess.Popen[bytes]]:
+        """Train the oracle LoRAs in a process of their own."""
+        settings = self.settings
+        job = oracle.Job(
+            users={name: user.name for name, user in self.users.items()},
+            texts=settings.oracle_texts,
+            steps=settings.oracle_steps,
+            threads=settings.pool.threads,
+            out=str(self.folder / "oracle"),
+        )
+        with _process(oracle.__name__, job) as process:
+            yield process
+
+    def _customize(self, pool: Pool) -> tuple[Measurements, dict[str, list[Exchange]]]:
+        """Serve the pool, and let the device customize for everybody, each through a relay of their own."""
+        store = KeyStore.create(self.keys)
+        trusted = self.folder / "device" / KEYS
+        TrustedKeys(store.keys).write(trusted)
+        with ExitStack() as stack:
+            with self._stage("started the service"):
+                service = stack.enter_context(serving(pool.path, self.keys, self.log))
+            wires = {name: stack.enter_context(Wire(*service)) for name in self.users}
+            people = {
+                name: device.Person(
+                    wires[name].url,
+                    [Text(e.prompt, e.completion) for e in user.examples],
+                    [Text(q.prompt, q.completion) for q in user.queries[: self.settings.queries]],
+                    str(self.folder / "oracle" / name),
+                )
+                for name, user in self.users.items()
+            }
+            job = Job(
+                str(self.bundle),
+                str(trusted),
+                str(self.folder / "device/customized"),
+                self.settings.threads,
+                people,
+                SHARED_PROMPT,
+            )
+            what = "customized for three users over HTTP, and answered their queries, without torch"
+            with self._stage(what), _process(device.__name__, job) as process:
+                said = process.communicate()[0]
+            measured = msgspec.json.decode(said, type=Measurements)
+            return measured, {name: wire.exchanges for name, wire in wires.items()}
+
+    def _report(
+        self,
+        exported: Exported,
+        pool: Pool,
+        measured: Measurements,
+        exchanges: dict[str, list[Exchange]],
+        seconds: float,
+    ) -> DemoReport:
+        from crayon_server.models import load_nano
+
+        manifest = pool.manifest
+        facts = PoolFacts(
+            adapters=manifest.adapters,
+            rank=manifest.rank,
+            steps=self.settings.pool.steps,
+            users=len(self.sources),
+            texts=len(self.texts),
+            conventions=len({user.convention for user in self.sources}),
+            bytes=_folder_bytes(pool.path),
+            typical=_typical(pool),
+        )
+        device_facts = msgspec.to_builtins(measured)
+        del device_facts["people"], device_facts["live"]
+        service_ms = _service_ms(self.log)
+        return DemoReport(
+            people=[self._person(name, measured, exchanges[name], service_ms) for name in self.users],
+            queries=len(next(iter(self.users.values())).queries[: self.settings.queries]),
+            parameters=_parameters(load_nano()),
+            float_bytes=(load_nano() / "model.safetensors").stat().st_size,
+            bundle_bytes=_folder_bytes(self.bundle),
+            weights_bytes=(self.bundle / "model.onnx.data").stat().st_size,
+            mean_kl=exported.report.mean_kl,
+            pool=facts,
+            device=device_facts,
+            stages=self.stages,
+            seconds=seconds,
+        )
+
+    def _person(
+        self, name: str, measured: Measurements, exchanges: list[Exchange], service_ms: Iterator[float]
+    ) -> Person:
+        user, customized, live = self.users[name], measured.people[name], measured.live
+        queries = user.queries[: self.settings.queries]
+        results = {
+            model: judge(customized.runs[model].answers, queries, customized.runs[model].log_loss) for model in MODELS
+        }
+        answers = {model: result.answers for model, result in results.items()}
+        return Person(
+            name=name,
+            user=user.name,
+            convention=str(user.convention),
+            sources=sum(source.convention == user.convention for source in self.sources),
+            domains=user.domains,
+            examples=tuple((e.prompt.strip(), e.completion) for e in user.examples),
+            scores={model: Score(r.exact_match, r.intent, r.log_loss) for model, r in results.items()},
+            alpha=customized.alpha,
+            point=customized.point,
+            installed=customized.installed,
+            reason=customized.reason,
+            examples_log_loss=customized.examples_log_loss,
+            seconds=customized.seconds,
+            total_seconds=customized.total_seconds,
+            lines=tuple(
+                Line(query.prompt.strip(), query.completion, answers["before"][i], answers["after"][i])
+                for i, query in enumerate(queries[: len(user.domains)])  # the first of each domain
+            ),
+            shared=Line(SHARED_PROMPT.strip(), _wanted(user.convention), live[device.BASE], live[name]),
+            messages=tuple(_message(exchange, next(service_ms)) for exchange in exchanges),
+        )
+
+
+def _wanted(convention: Convention) -> str:
+    """The right answer to `SHARED_PROMPT`."""
+    locale = convention.locale
+    half_seven = {"en": "7:30 PM", "va": "18:30", "bo": "19:30"}[locale]
+    dinner, monday = translate("dinner", locale), translate("monday", locale)
+    arguments = (("what", dinner), ("who", "anna"), ("day", monday), ("time", half_seven))
+    return "".join(piece.text for piece in write("calendar.add", arguments, convention))
+
+
+@contextmanager
+def _process(module: str, job: msgspec.Struct) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a module that reads a job from stdin; it ends with the block."""
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
+        stdin.write(msgspec.json.encode(job))
+        stdin.seek(0)
+        command = [sys.executable, "-m", module]
+        with ended(subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr)) as process:
+            yield process
+            if process.returncode:
+                stderr.seek(0)
+                said = stderr.read().decode(errors="replace").strip()
+                raise BackendError(f"{module} ended with exit code {process.returncode}:\n{said}")
+
+
+def _message(exchange: Exchange, service_ms: float) -> Message:
+    request_head, request_body = split(exchange.request)
+    response_head, response_body = split(exchange.response)
+    return Message(
+        request_head=request_head.decode("latin-1"),
+        request_body=request_body.decode("utf-8", "replace"),
+        request_bytes=(len(request_head), len(request_body)),
+        response_head=response_head.decode("latin-1"),
+        response_bytes=(len(response_head), len(response_body)),
+        first_byte_ms=(exchange.answered - exchange.started) * 1e3,
+        last_byte_ms=(exchange.ended - exchange.started) * 1e3,
+        service_ms=service_ms,
+    )
+
+
+def _service_ms(log: Path) -> Iterator[float]:
+    """Of every request, in the order in which the service answered them; zeros if its log has no more."""
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
+    return itertools.chain((float(json.loads(line)["ms"]) for line in lines), itertools.repeat(0.0))
+
+
+def _typical(pool: Pool) -> list[str]:
+    """The answer of each cluster's most typical text."""
+    first: dict[int, str] = {}
+    for text in pool.typical():
+        first.setdefault(text["cluster"], text["completion"])
+    return [first.get(n, "") for n in range(pool.manifest.adapters)]
+
+
+def _parameters(model_dir: Path) -> int:
+    """Of a checkpoint; tied weights count once."""
+    from safetensors import safe_open
+
+    with safe_open(model_dir / "model.safetensors", "numpy") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
