@@ -13,7 +13,20 @@ import click
 
 from benchmarks.table import Row, machine, render
 
-NAMES = ("parity", "groups", "decode", "startup", "joint", "blend", "customize", "service", "customization", "llama7b")
+NAMES = (
+    "parity",
+    "groups",
+    "decode",
+    "startup",
+    "constrained",
+    "device_server",
+    "joint",
+    "blend",
+    "customize",
+    "service",
+    "customization",
+    "llama7b",
+)
 
 
 @click.command(help=__doc__)

@@ -86,11 +86,11 @@ def declared(*extras: str) -> set[str]:
 @pytest.mark.parametrize(
     "folder, extras",
     [
-        ("runtime", []),
+        ("runtime", ["grammar"]),
         ("export", ["export", "pth"]),
         ("server_tools", ["export", "serve", "server"]),
-        ("tests", ["export", "pth", "serve", "server", "dev"]),
-        ("benchmarks", ["export", "pth", "server", "dev"]),
+        ("tests", ["export", "grammar", "pth", "serve", "server", "dev"]),
+        ("benchmarks", ["export", "grammar", "pth", "server", "dev"]),
     ],
 )
 def test_what_is_imported_is_declared(folder: str, extras: list[str]) -> None:
@@ -109,7 +109,7 @@ def test_importing_the_runtime_loads_nothing_heavy() -> None:
     program = f"""
         import sys
         import crayon_runtime, crayon_runtime.cli
-        heavy = {HEAVY | {"crayon_export", "crayon_server", "onnxruntime", "jinja2", "rich", "tokenizers"}!r}
+        heavy = {HEAVY | {"crayon_export", "crayon_server", "onnxruntime", "jinja2", "llguidance", "rich", "tokenizers"}!r}
         print(*sorted(heavy & set(sys.modules)))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from crayon_runtime.engine import Engine
 from crayon_runtime.errors import ContextOverflow, InvalidInput
 from tests.runtime import tiny
 from tests.runtime.tiny import EOS, TOKENIZER, byte_ids, fake
+from tests.support import needs
 
 ANSWER = [*byte_ids("ok 日本"), EOS]
 
@@ -106,6 +109,80 @@ def test_a_prompt_from_stdin(loaded: dict[str, Any], text: str) -> None:
     for end in ("", "\n", "\r\n"):
         got = json.loads(call(run, "-", "--json", stdin=(text + end).encode()).stdout)
         assert got["prompt_tokens"] == len(TOKENIZER.encode(text))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder of what an answer may be."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, content in {
+        "schema.json": b'{"enum": ["the", "the alarm"]}',
+        "grammar.lark": 'start: "é" ("a" | "b")~3\n'.encode(),
+        "grammar.gbnf": b'root ::= "a" tail\ntail ::= [0-9]{2}\n',
+        "bad.json": b'{"type": "integer", "minimum": 5, "maximum": 4}',
+        "broken.json": b'{"type":',
+        "bad.lark": b"start: x\n\nx: missing\n",
+        "bytes.json": b'{"a": "\xff"}',
+    }.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "option, value, pattern",
+    [
+        ("--json-schema", "schema.json", '"the( alarm)?"'),
+        ("--grammar", "grammar.lark", "é[ab]{3}"),
+        ("--grammar", "grammar.gbnf", "a[0-9]{2}"),
+        ("--regex", "[a-c]{4}é", "[a-c]{4}é"),
+    ],
+)
+def test_an_answer_in_a_form(loaded: dict[str, Any], files: Path, option: str, value: str, pattern: str) -> None:
+    needs.module("llguidance")
+    loaded["script"] = None
+    value = str(files / value) if (files / value).exists() else value
+    for seed in range(5):
+        args = ("the", option, value, "--temperature", "1", "--seed", str(seed))
+        assert re.fullmatch(pattern + "\n", call(run, *args).stdout)
+    assert json.loads(call(run, "the", option, value, "--json").stdout)["finish_reason"] == "stop"
+    said = call(chat, option, value, stdin="the\nalarm\n").stdout.split("\n")
+    assert [bool(re.fullmatch(pattern, line)) for line in said[:2]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "args, code, said",
+    [
+        (["--json-schema", "bad.json"], 1, ["minimum (5) is greater than maximum (4)", "bad.json"]),
+        (["--json-schema", "broken.json"], 1, ["not JSON", "line 1 column 9", "broken.json"]),
+        (["--json-schema", "bytes.json"], 1, ["not UTF-8: byte 7 is 0xFF", "bytes.json"]),
+        (["--json-schema", "nowhere.json"], 1, ["cannot be read: No such file", "nowhere.json"]),
+        (["--grammar", "."], 1, ["cannot be read: Is a directory"]),
+        (["--grammar", "bad.lark"], 1, ['line 3, column 4: unknown name: "missing"', "bad.lark"]),
+        (["--regex", "(a"], 1, ["unclosed group", "where: regex"]),
+        (["--regex", "a", "--grammar", "grammar.lark"], 2, ["--grammar and --regex exclude each other"]),
+    ],
+)
+@pytest.mark.parametrize("verb", [["run", "b", "the"], ["chat", "b"]])
+def test_forms_that_cannot_be_served(
+    loaded: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, files: Path,
+    verb: list[str], args: list[str], code: int, said: list[str],
+) -> None:  # fmt: skip
+    needs.module("llguidance")
+    monkeypatch.chdir(files)
+    assert crayon(*verb, *args) == code
+    printed = capsys.readouterr().err
+    assert all(part in printed for part in said), printed
+    assert "engine" not in loaded, "said before anything is loaded"
+
+
+def test_a_form_without_the_extra(
+    loaded: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    assert crayon("run", "b", "the", "--regex", "a") == 1
+    assert "pip install 'crayon-edge[grammar]'" in capsys.readouterr().err
+    assert crayon("run", "b", "the") == 0, "all else goes without"
 
 
 def test_stdin_that_is_not_utf8(loaded: dict[str, Any]) -> None:

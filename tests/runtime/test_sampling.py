@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import tracemalloc
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -104,16 +105,19 @@ def test_kept_tokens_and_probabilities_are_those_of_transformers() -> None:
         assert below == pytest.approx(1)
 
 
-def specified(logits: Floats, options: SamplingOptions, seen: set[int], u: float) -> int:
+def specified(
+    logits: Floats, options: SamplingOptions, seen: set[int], u: float, allowed: Sequence[int] | None = None
+) -> int:
     """The module's docstring, step by step."""
+    there = list(range(len(logits))) if allowed is None else sorted(allowed)
     z, f32 = [np.float32(x) for x in logits], np.float32
     p, t = f32(options.repetition_penalty), f32(options.temperature)
     if p != 1:
         z = [(x / p if x >= 0 else x * p) if i in seen else x for i, x in enumerate(z)]
     if t == 0:
-        return min(range(len(z)), key=lambda i: (-z[i], i))
+        return min(there, key=lambda i: (-z[i], i))
     z = [x / t for x in z]
-    order = sorted(range(len(z)), key=lambda i: (-z[i], i))
+    order = sorted(there, key=lambda i: (-z[i], i))
     if 0 < options.top_k < len(order):
         order = [i for i in order if z[i] >= z[order[options.top_k - 1]]]
     distance = [float(z[order[0]]) - float(z[i]) for i in order]
@@ -135,16 +139,23 @@ def specified(logits: Floats, options: SamplingOptions, seen: set[int], u: float
     penalty=st.sampled_from([1.0, 1.5, 0.5]),
     seen=st.sets(st.integers(0, 1)),
     u=st.floats(0, 1, exclude_max=True),
+    bound=st.none() | st.sets(st.integers(0, 20)),
 )
 def test_ties_too_are_as_specified(
-    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, penalty: float, seen: set[int], u: float
+    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, penalty: float, seen: set[int], u: float,
+    bound: set[int] | None,
 ) -> None:  # fmt: skip
     array = np.array([1.0, *logits], np.float32)
     options = SamplingOptions(temperature, top_k, top_p, min_p, penalty)
     sampler, dice = loaded(options, len(array))
     sampler.observe(np.array([*seen], np.int64))
     dice.u = u
-    assert sampler.sample(array) == specified(array, options, seen, u)
+    if bound is None:
+        assert sampler.sample(array) == specified(array, options, seen, u)
+    else:
+        there = [0, *sorted(i for i in bound if 0 < i < len(array))]
+        allowed = np.isin(np.arange(len(array)), there)
+        assert sampler.sample(array, allowed) == specified(array, options, seen, u, there)
 
 
 @pytest.mark.parametrize("top_k", [0, 40])
@@ -210,6 +221,38 @@ def test_frequencies() -> None:
     counts = np.bincount([sampler.sample(logits) for _ in range(n)], minlength=4)
     chi_square = float((((counts - n * probabilities) ** 2) / (n * probabilities)).sum())
     assert chi_square < 16.3  # 3 degrees of freedom, p = 0.001; the seed is fixed
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.5}, *OPTIONS[::17]])
+def test_a_constraint_is_as_minus_infinity_for_all_other_tokens(options: dict[str, Any]) -> None:
+    for seed in range(12):
+        logits = normal(seed)
+        allowed = np.random.default_rng(seed).random(V) < (0.03, 0.3, 0.9)[seed % 3]
+        allowed[seed] = True
+        (bound, dice), (masked, same) = loaded(SamplingOptions(**options)), loaded(SamplingOptions(**options))
+        for sampler in (bound, masked):
+            sampler.observe(np.array([3, 17]))
+        for dice.u in (0.0, 0.3, 0.77, 1 - 2.0**-53):
+            same.u = dice.u
+            token = bound.sample(logits, allowed)
+            assert token == masked.sample(np.where(allowed, logits, -np.inf).astype(np.float32))
+            assert allowed[token]
+            wide = logits.astype(np.float64)
+            plain = wide[token] - np.log(np.exp(wide).sum())
+            assert bound.log_probability == pytest.approx(plain, abs=1e-5), "of the plain softmax"
+        assert dice.thrown == same.thrown
+        assert logits.tolist() == normal(seed).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.001, 1.0])
+def test_a_constraint_that_leaves_nothing_likely_is_an_error(temperature: float) -> None:
+    sampler, _ = loaded(SamplingOptions(temperature=temperature))
+    logits = normal(0)
+    logits[7] = -np.inf
+    for allowed in (np.zeros(V, np.bool_), np.arange(V) == 7):
+        with pytest.raises(InvalidInput, match="none of the tokens that the constraint allows"):
+            sampler.sample(logits, allowed)
+    assert sampler.sample(logits, np.arange(V) == 8) == 8, "the sampler goes on"
 
 
 @pytest.mark.parametrize("options", [OPTIONS[0], *OPTIONS[100::50], {}])

@@ -8,6 +8,7 @@ with Engine.load("bundle") as engine:
 
 from crayon_runtime._version import __version__
 from crayon_runtime.bundle import Bundle
+from crayon_runtime.constraint import Constraint
 from crayon_runtime.engine import Engine
 from crayon_runtime.errors import CrayonError
 from crayon_runtime.generation import GenerateOptions, Generation, Piece, Stream
@@ -17,6 +18,7 @@ from crayon_runtime.tokenizer import Tokenizer
 
 __all__ = [
     "Bundle",
+    "Constraint",
     "CrayonError",
     "Engine",
     "GenerateOptions",

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from crayon_runtime.backends.base import Adapter, Backend
+    from crayon_runtime.constraint import Matcher
     from crayon_runtime.manifest import Manifest
 
 Part = Literal["all", "prompt", "answer"]
@@ -321,7 +322,7 @@ def _answer(
         generation.prompt_tap = (session.tap_sum / len(request.ids)).astype(np.float32)
 
         while True:
-            token = sampler.sample(step.logits)
+            token = _sample(sampler, request.matcher, step.logits)
             generation.token_ids.append(token)
             generation.log_probabilities.append(sampler.log_probability)
 
@@ -358,3 +359,12 @@ def _answer(
         generation.text = "".join(texts)
         if fed:
             generation.answer_tap = (answer_sum / fed).astype(np.float32)
+
+
+def _sample(sampler: Sampler, matcher: Matcher | None, logits: npt.NDArray[np.float32]) -> int:
+    """The next token, of those that the constraint allows."""
+    if matcher is None:
+        return sampler.sample(logits)
+    token = sampler.sample(logits, matcher.allowed())
+    matcher.consume(token)
+    return token

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from crayon_runtime.constraint import Constraint
     from crayon_runtime.session import Session
 
     Floats = npt.NDArray[np.float32]
@@ -32,6 +33,9 @@ class GenerateOptions(TypedDict, total=False):
     """These six are the fields of `SamplingOptions`; greedy."""
     stop: str | Sequence[str]
     """Texts that end the answer, and are not part of it; none."""
+    constraint: Constraint | None
+    """What the whole answer must be; the eos token follows when it is. An answer that ends with "stop" is, unless a stop string cut
+    it short; one that ends with "length" is a beginning. None: any text."""
     session: Session | None
     """Where to run, and what to continue; None: an idle session of the engine, or a new one."""
     overflow: Literal["error", "slide"]

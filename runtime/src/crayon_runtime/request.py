@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from crayon_runtime.constraint import Constraint, Matcher
 from crayon_runtime.errors import ContextOverflow, InvalidInput
 from crayon_runtime.sampling import SamplingOptions, is_integer
 
@@ -33,6 +34,8 @@ class Request:
     limit: int
     """The most tokens to sample."""
     stop: tuple[str, ...]
+    matcher: Matcher | None
+    """Of the constraint, for this answer."""
     session: Session | None
     keep: int
     cancelled: Callable[[], bool]
@@ -48,6 +51,7 @@ class Request:
         *,
         max_new_tokens: int = 256,
         stop: str | Sequence[str] = (),
+        constraint: Constraint | None = None,
         session: Session | None = None,
         overflow: Literal["error", "slide"] = "error",
         keep: int | None = None,
@@ -69,6 +73,10 @@ class Request:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(s, str) and s for s in stop):
             raise InvalidInput("a stop string must be a text that is not empty", where="stop")
+        if constraint is not None and not isinstance(constraint, Constraint):
+            raise InvalidInput(f"a Constraint is wanted, not {type(constraint).__name__}", where="constraint")
+        if constraint is not None and ignore_eos:
+            raise InvalidInput("an eos token ends a constrained answer; it cannot be ignored", where="ignore_eos")
         check_choice("overflow", overflow, ("error", "slide"))
         if keep is None:
             keep = int(tokenizer.info.add_bos)
@@ -92,6 +100,7 @@ class Request:
             sampling=SamplingOptions(**sampling),
             limit=max_new_tokens,
             stop=stop,
+            matcher=constraint.matcher(tokenizer, vocab_size) if constraint else None,
             session=session,
             keep=keep,
             cancelled=cancel.is_set if cancel else _never,

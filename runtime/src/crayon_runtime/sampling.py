@@ -2,6 +2,7 @@
 
 All of it is float32 where it says so, else float64. `z` are the V logits, float32.
 
+0.  Where a constraint holds, only the tokens that it allows are there, in all that follows. It draws no random number.
 1.  Repetition penalty p: for each token of the prompt and of the answer so far, once, z becomes z / p if z >= 0, else z * p. float32.
 2.  Temperature 0 is greedy: the largest z, of several equal ones that with the smallest id. It draws no random number.
 3.  Temperature t > 0: z becomes z / t, float32, and the candidates are all tokens, sorted by (z descending, id ascending).
@@ -12,7 +13,8 @@ All of it is float32 where it says so, else float64. `z` are the V logits, float
 8.  Draw u. With the n candidates that are left, the token is the first i with c_i > u * c_(n-1); should rounding leave none, the first
     i with c_i = c_(n-1).
 
-The order, and what each step keeps, are those of transformers' logits processors and warpers.
+The order, and what each step keeps, are those of transformers' logits processors and warpers. Step 0 does what -inf as the logit of
+all other tokens would do. The log-probability that is reported of a token is that of the plain softmax of all V logits, before step 0.
 
 u is drawn once a token from SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014), in 64-bit integers that
 wrap, from the state `seed`:
@@ -45,6 +47,7 @@ from crayon_runtime.errors import BackendError, InvalidInput
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    Bools = npt.NDArray[np.bool_]
     Floats = npt.NDArray[np.float32]
 
 
@@ -104,7 +107,7 @@ class SplitMix64:
 class Sampler:
     """Chooses the tokens of one answer.
 
-    All that grows with the vocabulary is allocated here, once; `sample` works in place.
+    All that grows with the vocabulary is allocated here, once; `sample` works in place, but for the ids that a constraint allows.
 
     Args:
         vocab_size: V.
@@ -118,6 +121,7 @@ class Sampler:
         self._random = SplitMix64(secrets.randbits(64) if options.seed is None else int(options.seed))
         self._scores = np.empty(vocab_size, np.float32)
         self._scratch = np.empty(vocab_size, np.float32)
+        self._kept = np.empty(vocab_size, np.float32)
         self._mask = np.empty(vocab_size, np.bool_)
         self._seen = np.zeros(vocab_size, np.bool_)
         sorts = options.temperature > 0
@@ -129,14 +133,16 @@ class Sampler:
         self._seen[tokens] = True
 
     @np.errstate(over="ignore")  # the lowest float32, a common mask, may become -inf
-    def sample(self, logits: Floats) -> int:
+    def sample(self, logits: Floats, allowed: Bools | None = None) -> int:
         """Choose a token.
 
         Args:
             logits: float32 [V], left as they are. A token with -inf is never chosen.
+            allowed: bool [V], of a constraint: the tokens to choose from; None: all.
 
         Raises:
             BackendError: there is a NaN or +inf among them, or nothing but -inf.
+            InvalidInput: no allowed token has a logit above -inf.
         """
         best = float(logits.max())
         if not abs(best) < 1e30:  # NaN is not either
@@ -145,7 +151,17 @@ class Sampler:
                 do="`crayon verify` tells whether the bundle is damaged",
             )
         scores = self._penalize(logits)
-        token = int(scores.argmax()) if self._options.temperature == 0 else self._draw(scores)
+        ids = None if allowed is None else allowed.nonzero()[0]
+        if ids is not None:
+            scores = scores.take(ids, out=self._kept[: ids.size], mode="clip")
+            if not ids.size or scores.max() == -math.inf:
+                raise InvalidInput(
+                    "the model gives none of the tokens that the constraint allows a probability",
+                    where="constraint",
+                    do="allow something that the model can say",
+                )
+        chosen = int(scores.argmax()) if self._options.temperature == 0 else self._draw(scores)
+        token = chosen if ids is None else int(ids[chosen])
         self._seen[token] = True
         self.log_probability = float(logits[token]) - best - self._log_sum(logits, best)
         return token
@@ -164,7 +180,7 @@ class Sampler:
 
     def _draw(self, scores: Floats) -> int:
         options = self._options
-        scores = np.divide(scores, np.float32(options.temperature), out=self._scores)
+        scores = np.divide(scores, np.float32(options.temperature), out=self._scores[: scores.size])
         negated = self._candidates(scores)
         n = negated.size
         distances = self._distances[:n]
@@ -183,13 +199,13 @@ class Sampler:
 
     def _candidates(self, scores: Floats) -> Floats:
         """The scores that top-k keeps, negated and ascending: numpy sorts in that direction, and floats alone sort fastest."""
-        negated = np.negative(scores, out=self._scratch)
+        negated = np.negative(scores, out=self._scratch[: scores.size])
         k = self._options.top_k
         if not 0 < k < negated.size:
             negated.sort()
             return negated
         negated.partition(k - 1)
-        kept = int(np.count_nonzero(np.less_equal(negated, negated[k - 1], out=self._mask)))
+        kept = int(np.count_nonzero(np.less_equal(negated, negated[k - 1], out=self._mask[: negated.size])))
         if kept > k:  # more tokens equal the k-th
             negated.partition(kept - 1)
         negated[:kept].sort()
@@ -197,7 +213,7 @@ class Sampler:
 
     def _token_of(self, scores: Floats, negated: Floats, index: int) -> int:
         """The id of a candidate: of the tokens with its score, the smallest ids come first."""
-        equal = np.equal(scores, -negated[index], out=self._mask)
+        equal = np.equal(scores, -negated[index], out=self._mask[: scores.size])
         ties_before = index - int(negated.searchsorted(negated[index], "left"))
         if ties_before == 0:
             return int(equal.argmax())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ from crayon_runtime.cli.common import PATH, json_option, note, print_json
 from crayon_runtime.errors import CrayonError, InvalidInput
 
 if TYPE_CHECKING:
+    from crayon_runtime.constraint import Constraint
     from crayon_runtime.engine import Engine
     from crayon_runtime.generation import Generation
 
@@ -72,6 +74,9 @@ def engine_options(command: Command) -> Command:
             show_default=True,
             help="When the context is full: end there, or forget the older half.",
         ),
+        click.option("--json-schema", metavar="FILE", type=PATH, help="Answer with JSON of this schema."),
+        click.option("--grammar", metavar="FILE", type=PATH, help="Answer in this grammar, in Lark's form or in GBNF."),
+        click.option("--regex", metavar="TEXT", help="Answer with what this regular expression matches."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -100,6 +105,7 @@ def run(
     UTF-8. The answer goes to stdout while it is made, a line about its speed to stderr.
     """
     text = _stdin() if prompt == "-" else prompt
+    options["constraint"] = _constraint(options)
     with _load(bundle, backend, threads, adapter) as engine:
         chat = engine.tokenizer.has_chat_template and text and not raw
         ids = engine.tokenizer.apply_chat_template([{"role": "user", "content": text}]) if chat else text
@@ -118,6 +124,7 @@ def chat(bundle: Path, adapter: str | None, backend: str, threads: int | None, *
 
     What was said stays in the KV cache, so only the new turn is computed. /help lists the commands.
     """
+    options["constraint"] = _constraint(options)
     with _load(bundle, backend, threads, adapter) as engine, engine.session() as session:
         note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
         if not engine.tokenizer.has_chat_template:
@@ -164,6 +171,29 @@ def _command(engine: Engine, line: str, messages: list[dict[str, str]]) -> bool:
     else:
         note(f"there is no command {verb}\n{HELP}")
     return True
+
+
+def _constraint(options: dict[str, Any]) -> Constraint | None:
+    """Take the options that say what an answer must be, of which there may be one, out of all options."""
+    given = {name: options.pop(name) for name in ("json_schema", "grammar", "regex")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return None
+    if len(given) > 1:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise click.UsageError(f"{names} exclude each other")
+    from crayon_runtime.constraint import Constraint
+
+    [(name, value)] = given.items()
+    if name == "regex":
+        return Constraint.regex(value)
+    text = _file(value)
+    try:
+        if name == "json_schema":
+            return Constraint.json_schema(text)
+        return Constraint.gbnf(text) if re.search(r"^\s*root\s*::=", text, re.M) else Constraint.lark(text)
+    except InvalidInput as e:
+        raise InvalidInput(e.what, where=value, do=e.do) from None
 
 
 def _load(bundle: Path, backend: str, threads: int | None, adapter: str | None) -> Engine:
@@ -243,6 +273,17 @@ def _stdin() -> str:
             f"not UTF-8: byte {e.start} is 0x{data[e.start]:02X}", where="stdin", do="convert the text to UTF-8 first"
         ) from None
     return text.removesuffix("\n").removesuffix("\r")
+
+
+def _file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise InvalidInput(f"cannot be read: {e.strerror or e}", where=path) from None
+    except UnicodeDecodeError as e:
+        raise InvalidInput(
+            f"not UTF-8: byte {e.start} is 0x{e.object[e.start]:02X}", where=path, do="convert the text to UTF-8 first"
+        ) from None
 
 
 def _speed(g: Generation) -> str:

@@ -8,6 +8,7 @@ SHA-256 of each split. Choose settings on `validation` users only, and report `t
 """
 
 from crayon_server.data.phone_assistant.conventions import CONVENTIONS, Call, Convention, Piece, read, write
+from crayon_server.data.phone_assistant.grammar import grammar
 from crayon_server.data.phone_assistant.scoring import Score, score
 from crayon_server.data.phone_assistant.users import (
     SEPARATOR,
@@ -36,6 +37,7 @@ __all__ = [
     "User",
     "benchmark",
     "digest",
+    "grammar",
     "more_examples",
     "read",
     "score",
