@@ -13,7 +13,7 @@ import click
 
 from benchmarks.table import Row, machine, render
 
-NAMES = ("parity", "groups", "decode", "startup", "llama7b")
+NAMES = ("parity", "groups", "decode", "startup", "device_server", "llama7b")
 
 
 @click.command(help=__doc__)
