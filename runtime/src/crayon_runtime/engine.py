@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from crayon_runtime.backends.base import Adapter, Backend
     from crayon_runtime.constraint import Matcher
+    from crayon_runtime.generation import AdapterLike
     from crayon_runtime.manifest import Manifest
 
 Part = Literal["all", "prompt", "answer"]
@@ -107,9 +108,10 @@ class Engine:
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream:
         """Answer a prompt piece by piece: as `generate`, whose result the stream has at its end."""
         self._check_open()
+        adapter = self.find_adapter(options.pop("adapter")) if "adapter" in options else self._adapter
         request = Request.check(self.tokenizer, self.backend.vocab_size, self.backend.context_length, prompt, **options)
         generation = Generation(prompt_tokens=len(request.ids))
-        return Stream(_answer(self, request, self._adapter, generation), generation)
+        return Stream(_answer(self, request, adapter, generation), generation)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> Generation:
         """Answer a conversation, in the form of the model's chat template.
@@ -173,26 +175,34 @@ class Engine:
         """The name of the adapter that the next request is answered with; None: the base model."""
         return self._adapter.name if self._adapter else None
 
-    def set_adapter(self, adapter: str | os.PathLike[str] | Bundle | Adapter | None) -> None:
+    def set_adapter(self, adapter: AdapterLike | None) -> None:
         """Answer all further requests with an adapter. Answers that are running keep theirs.
 
         Args:
-            adapter: the name of one inside the bundle, the path of an adapter bundle, the opened bundle, or what the backend
-                has read of it; None: the base model. What was read stays in memory, to be set again at once.
+            adapter: as in `find_adapter`.
 
         Raises:
             AdapterError: there is no such adapter, or it does not fit this model.
         """
-        with self._lock:
-            self._check_open()
-            if isinstance(adapter, str | os.PathLike):
-                adapter = self._find_adapter(adapter)
-            if isinstance(adapter, Bundle):
-                adapter = self._read_adapter(adapter)
-            self._adapter = adapter
+        self._adapter = self.find_adapter(adapter)
+
+    def find_adapter(self, adapter: AdapterLike | None) -> Adapter | None:
+        """Read an adapter, to answer single requests with it: `generate(…, adapter=…)`.
+
+        Args:
+            adapter: the name of one inside the bundle, the path of an adapter bundle, the opened bundle, or what the backend
+                has read of it; None: the base model. What was read stays in memory, to be found again at once.
+
+        Raises:
+            AdapterError: there is no such adapter, or it does not fit this model.
+        """
+        self._check_open()
+        if isinstance(adapter, str | os.PathLike):
+            adapter = self._find_adapter(adapter)
+        return self._read_adapter(adapter) if isinstance(adapter, Bundle) else adapter
 
     def read_adapter(self, bundle: Bundle) -> Adapter:
-        """Read an adapter bundle without answering with it; unlike with `set_adapter`, the engine does not keep it.
+        """Read an adapter bundle without answering with it; unlike with `find_adapter`, the engine does not keep it.
 
         Raises:
             AdapterError: it does not fit this model.
@@ -250,11 +260,13 @@ class Engine:
         )
 
     def _read_adapter(self, bundle: Bundle) -> Adapter:
-        manifest, adapter = self._adapters.get(bundle.path, (None, None))
-        if adapter is None or manifest != bundle.manifest:  # not read yet, or another one now
-            adapter = self.backend.read_adapter(bundle)
-            self._adapters[bundle.path] = (bundle.manifest, adapter)
-        return adapter
+        with self._lock:
+            self._check_open()
+            manifest, adapter = self._adapters.get(bundle.path, (None, None))
+            if adapter is None or manifest != bundle.manifest:  # not read yet, or another one now
+                adapter = self.backend.read_adapter(bundle)
+                self._adapters[bundle.path] = (bundle.manifest, adapter)
+            return adapter
 
     def _borrow(self, wanted: Session | None) -> Session:
         """A session for one answer: the one that is wanted, the idle one, or a new one."""
@@ -339,7 +351,7 @@ def _answer(
                 generation.first_token_seconds = perf_counter() - started
             else:
                 generation.decode_seconds += perf_counter() - resumed
-            yield Piece(text, token)
+            yield Piece(text, token, sampler.log_probability)
             if ended or request.cancelled():
                 return
 

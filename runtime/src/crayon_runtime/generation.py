@@ -5,18 +5,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self, TypeAlias, TypedDict
 
 from crayon_runtime.errors import InvalidInput
 
 if TYPE_CHECKING:
+    import os
+
     import numpy as np
     import numpy.typing as npt
 
+    from crayon_runtime.backends.base import Adapter
+    from crayon_runtime.bundle import Bundle
     from crayon_runtime.constraint import Constraint
     from crayon_runtime.session import Session
 
     Floats = npt.NDArray[np.float32]
+    AdapterLike: TypeAlias = str | os.PathLike[str] | Bundle | Adapter
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -38,6 +43,9 @@ class GenerateOptions(TypedDict, total=False):
     it short; one that ends with "length" is a beginning. None: any text."""
     session: Session | None
     """Where to run, and what to continue; None: an idle session of the engine, or a new one."""
+    adapter: AdapterLike | None
+    """Answer this one request with an adapter, as in `Engine.find_adapter`, or, with None, with the base model; without this keyword,
+    with the engine's present adapter."""
     overflow: Literal["error", "slide"]
     """When the context is full. "error": a prompt that leaves no room is a `ContextOverflow`, and an answer ends there with "length".
     "slide": the first `keep` tokens stay, the older half of the others is forgotten, and what is left is computed again."""
@@ -57,6 +65,8 @@ class Piece(NamedTuple):
     text: str
     """What can be shown with this token: nothing in the middle of a character, or of what may become a stop string."""
     token_id: int
+    log_probability: float
+    """Natural logarithm of its probability, before any sampling option."""
 
 
 @dataclass(slots=True)

@@ -9,17 +9,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from crayon_runtime.cli.common import PATH, json_option, note, print_json
-from crayon_runtime.errors import CrayonError, InvalidInput
+from crayon_runtime.errors import CrayonError, InvalidInput, MissingExtra
 
 if TYPE_CHECKING:
     from crayon_runtime.constraint import Constraint
     from crayon_runtime.engine import Engine
-    from crayon_runtime.generation import Generation
+    from crayon_runtime.generation import GenerateOptions, Generation
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -85,27 +85,54 @@ def engine_options(command: Command) -> Command:
 
 @click.command()
 @click.argument("bundle", type=PATH)
-@click.argument("prompt")
+@click.argument("prompt", required=False)
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the model's chat template.")
+@click.option("--serve", "address", metavar="HOST:PORT", help="Answer programs at this address instead of PROMPT.")
+@click.option("--api-key-file", type=PATH, help="With --serve: a file with the key that clients have to send.")
+@click.option(
+    "--waiting", type=click.IntRange(min=0), default=16, show_default=True, help="With --serve: requests that may wait."
+)
+@click.option(
+    "--conversations",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="With --serve: KV caches to keep, each for a whole context.",
+)
 @engine_options
 @json_option
 def run(
     bundle: Path,
-    prompt: str,
+    prompt: str | None,
     raw: bool,
+    address: str | None,
+    api_key_file: Path | None,
+    waiting: int,
+    conversations: int,
     adapter: str | None,
     backend: str,
     threads: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Answer one prompt.
+    """Answer one prompt, or serve.
 
     PROMPT is the user's turn in the model's chat template, or what the model continues if it has none; "-" reads it from stdin, as
     UTF-8. The answer goes to stdout while it is made, a line about its speed to stderr.
+
+    With --serve, OpenAI's clients find an API at http://HOST:PORT/v1. The sampling options are the defaults of their requests; what
+    answers must be holds for all of them. To listen beyond this machine needs --api-key-file.
     """
-    text = _stdin() if prompt == "-" else prompt
     options["constraint"] = _constraint(options)
+    if address is not None:
+        if prompt is not None or raw or as_json:
+            raise click.UsageError("--serve takes no PROMPT, --raw or --json")
+        with _load(bundle, backend, threads, None) as engine:
+            _serve(engine, bundle, address, api_key_file, adapter, options, waiting, conversations)
+        return
+    if prompt is None:
+        raise click.UsageError("give a PROMPT, or --serve HOST:PORT")
+    text = _stdin() if prompt == "-" else prompt
     with _load(bundle, backend, threads, adapter) as engine:
         chat = engine.tokenizer.has_chat_template and text and not raw
         ids = engine.tokenizer.apply_chat_template([{"role": "user", "content": text}]) if chat else text
@@ -207,6 +234,52 @@ def _load(bundle: Path, backend: str, threads: int | None, adapter: str | None) 
         engine.close()
         raise
     return engine
+
+
+def _serve(
+    engine: Engine,
+    bundle: Path,
+    address: str,
+    api_key_file: Path | None,
+    adapter: str | None,
+    defaults: dict[str, Any],
+    waiting: int,
+    conversations: int,
+) -> None:
+    """Serve until interrupted."""
+    from crayon_runtime.customize import state_folder
+
+    try:
+        from crayon_runtime.server import create_app
+        from crayon_runtime.server.asgi import is_loopback, listen, parse_address, read_key
+        from crayon_runtime.server.serve import serve
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("crayon_"):
+            raise
+        raise MissingExtra("serve", "crayon run --serve") from e
+    api_key = read_key(api_key_file) if api_key_file else None
+    host, port = parse_address(address)
+    with listen(host, port) as listening:
+        loopback = is_loopback(listening)
+        if not loopback and api_key is None:
+            raise InvalidInput(
+                "others than this machine reach this address, so a key is needed",
+                where=f"--serve {address}",
+                do="add --api-key-file FILE, or serve 127.0.0.1",
+            )
+        app = create_app(
+            engine,
+            customized=state_folder(bundle),
+            adapter=adapter,
+            defaults=cast("GenerateOptions", defaults),
+            waiting=waiting,
+            conversations=conversations,
+            api_key=api_key,
+            loopback=loopback,
+        )
+        where = f"[{host}]" if ":" in host else host
+        note(f"serving {bundle} at http://{where}:{listening.getsockname()[1]}/v1")
+        serve(app, listening)
 
 
 def _answer(engine: Engine, prompt: str | Sequence[int], options: dict[str, Any], *, show: bool) -> Generation:

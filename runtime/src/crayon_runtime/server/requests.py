@@ -1,0 +1,262 @@
+"""What may be asked: OpenAI's request bodies, as far as a model on a device can serve them.
+
+A field that would change the answer and is not supported may be sent with the value that changes nothing, and is refused with any other;
+a field that is not known is refused too, so that nothing that was asked for is silently left out. Beyond OpenAI's fields there are
+`top_k`, `min_p` and `repetition_penalty`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from crayon_runtime.errors import InvalidInput
+from crayon_runtime.request import prompt_ids
+from crayon_runtime.server.errors import Refused
+
+if TYPE_CHECKING:
+    from crayon_runtime.generation import GenerateOptions
+    from crayon_runtime.tokenizer import Tokenizer
+
+LOWEST_TEMPERATURE = 0.001
+"""Below this, sampling is greedy."""
+
+_Text = Annotated[str, Meta(min_length=1)]
+_Zero = Annotated[float, Meta(ge=0, le=0)]
+_Fraction = Annotated[float, Meta(ge=0, le=1)]
+_No = Annotated[bool, Meta(extra_json_schema={"const": False})]
+_Nothing = Annotated[list[Any], Meta(max_length=0)]
+_Seed = Annotated[
+    int, Meta(extra_json_schema={"minimum": -(2**53), "maximum": 2**53})
+]  # what every JSON writer writes exactly
+_Count = Annotated[int, Meta(ge=1, le=2**31)]
+
+
+class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    include_usage: bool | None = False
+    include_obfuscation: bool | None = False
+    """Against listeners on a network, who are not on this one; ignored."""
+
+
+class TextFormat(Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["text"]
+
+
+class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Struct, frozen=True, forbid_unknown_fields=True):
+    """One turn. What only answers have is accepted empty, so that an answer can be sent back as it came."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    refusal: None = None
+    annotations: _Nothing | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: _Nothing | None = None
+
+    def to_dict(self) -> dict[str, str]:
+        """As chat templates want it: "developer" is what OpenAI calls the system now."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What both kinds of completion take."""
+
+    model: str
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: _Count | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: _Fraction | None = None
+    seed: _Seed | None = None
+    stop: _Text | Annotated[list[_Text], Meta(max_length=4)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=2**31)] | None = None
+    min_p: _Fraction | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
+
+    n: Literal[1] | None = None
+    frequency_penalty: _Zero | None = None
+    presence_penalty: _Zero | None = None
+    logit_bias: Annotated[dict[str, float], Meta(max_length=0)] | None = None
+    user: str | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def options(self, defaults: GenerateOptions) -> GenerateOptions:
+        """For the engine: what was asked for, and the defaults for what was not."""
+        asked = {
+            "max_new_tokens": self.limit,
+            "temperature": self.temperature
+            if (self.temperature or 0) >= LOWEST_TEMPERATURE
+            else self.temperature and 0.0,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "seed": self.seed if self.seed is None else self.seed % 2**64,
+            "stop": self.stop,
+        }
+        return {**defaults, **{name: value for name, value in asked.items() if value is not None}}  # type: ignore[typeddict-item]
+
+
+class ChatRequest(Sampled, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: _Count | None = None
+    logprobs: bool | None = False
+
+    top_logprobs: Annotated[int, Meta(ge=0, le=0)] | None = None
+    response_format: TextFormat | None = None
+    tools: _Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: _Nothing | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: Annotated[list[Literal["text"]], Meta(min_length=1, max_length=1)] | None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
+    web_search_options: None = None
+    store: _No | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.logprobs)
+
+    def ids(self, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+        """The prompt. Without a chat template it is the one message there is, to be continued as it is.
+
+        Raises:
+            InvalidInput: the template refuses the conversation, or there is none.
+        """
+        messages = [message.to_dict() for message in self.messages]
+        if tokenizer.has_chat_template:
+            return tokenizer.apply_chat_template(messages)
+        if len(messages) > 1 or messages[0]["role"] != "user":
+            raise InvalidInput(
+                "this model has no chat template, so it knows no conversation",
+                where="messages",
+                do="send one message of the user, which is completed as it is, or use /v1/completions",
+            )
+        return _list(messages[0]["content"], tokenizer, vocab_size)
+
+
+class CompletionRequest(Sampled, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of POST /v1/completions."""
+
+    prompt: _Text | Annotated[list[int | str], Meta(min_length=1)]
+    logprobs: Annotated[int, Meta(ge=0, le=0)] | None = None
+    """0: of the tokens that were sampled."""
+
+    suffix: Annotated[str, Meta(max_length=0)] | None = None
+    echo: _No | None = None
+    best_of: Literal[1] | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None
+
+    def ids(self, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+        """The prompt: a text, alone or in a list, or token ids, which are fed as they are."""
+        prompt = self.prompt
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+            prompt = prompt[0]
+        if not isinstance(prompt, str) and any(isinstance(token, str) for token in prompt):
+            raise InvalidInput("a prompt is one text, or token ids", where="prompt", do="send a request for each text")
+        return _list(prompt, tokenizer, vocab_size)  # type: ignore[arg-type]
+
+
+class EmbeddingRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of POST /v1/embeddings."""
+
+    model: str
+    input: _Text | Annotated[list[_Text], Meta(min_length=1, max_length=256)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: None = None
+    user: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
+Body = TypeVar("Body", ChatRequest, CompletionRequest, EmbeddingRequest)
+
+_PATH = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.S)
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.S)
+_UNSUPPORTED = re.compile(
+    r"n|frequency_penalty|presence_penalty|logit_bias|top_logprobs|response_format\b.*|tools|tool_choice|functions|function_call"
+    r"|modalities\b.*|audio|prediction|reasoning_effort|verbosity|web_search_options|store|service_tier|suffix|echo|best_of|dimensions"
+    r"|messages\[.*\]\.(content\[.*\]\.type|refusal|audio|function_call|tool_calls|annotations)"
+)
+
+
+def parse(body: bytes, kind: type[Body]) -> Body:
+    """A request body.
+
+    Raises:
+        Refused: it is not one.
+    """
+    try:
+        request = msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as e:
+        raise _invalid(str(e)) from None
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        raise Refused(400, "the body is not JSON; NaN and infinity are not") from None
+    for name in ("store", "echo"):
+        if getattr(request, name, None):
+            raise _unsupported(name)
+    return request
+
+
+def _invalid(text: str) -> Refused:
+    found = _PATH.fullmatch(text)
+    what, path = (found["what"], found["path"]) if found else (text, "")
+    unknown = _UNKNOWN.fullmatch(what)
+    if unknown:
+        name = f"{path}.{unknown['name']}" if path else unknown["name"]
+        return Refused(400, f"this server does not know `{name}`", param=name, code="unknown_parameter")
+    if _UNSUPPORTED.fullmatch(path):
+        return _unsupported(path)
+    return Refused(400, f"{path}: {what}" if path else what, param=path or None)
+
+
+def _unsupported(name: str) -> Refused:
+    message = f"this server does not support that value of `{name}`: leave it out"
+    return Refused(400, message, param=name, code="unsupported_parameter")
+
+
+def _list(prompt: str | Sequence[int], tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    ids: list[int] = prompt_ids(prompt, tokenizer, vocab_size).tolist()
+    return ids
+
+
+def components(types: Sequence[type]) -> dict[str, dict[str, Any]]:
+    """The JSON schemas of types, by name."""
+    return msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]
