@@ -343,39 +343,16 @@ def build(
     )
     loras.remove()
     if place.is_main_process:
-        del chosen["weighting"]  # stands in the manifest
-        chosen |= {
+        origin = {
             "mixed_precision": place.mixed_precision,
             "embedded_with": "the model" if embed_with is None else "the bundle",
             "texts": len(corpus),
             "left_out": left_out,
             "data_sha256": corpus.digest,
-            "sizes": located.sizes,
-            "groups": 0 if located.groups is None else len(located.groups),
-            "pca": _pca(located),
             "final_loss": float(np.mean(losses[-20:])),
             "processes": place.num_processes,
-            "versions": {name: version(name) for name in LIBRARIES},
         }
-        manifest = PoolManifest(
-            schema_version=SCHEMA_VERSION,
-            name=name,
-            base_fingerprint=fingerprint,
-            adapters=settings.adapters,
-            rank=settings.rank,
-            scale=settings.scale,
-            targets=loras.modules,
-            embedding=Embedding(
-                tap_layer=tap_layer,
-                part="all" if located.recipe == "paper" else "answer",
-                residual=located.projection.residual,
-            ),
-            dimensions=located.projection.projection.shape[1],
-            weighting=settings.weighting,
-            blend="separate",
-            grouped=located.groups is not None,
-            settings=chosen,
-        )
+        manifest = _manifest(name, fingerprint, loras, located, settings, chosen | origin)
         config = peft_config(settings.rank, settings.scale, LINEARS, base=model_dir.name)
         adapters = ((config, loras.lora(n)) for n in range(settings.adapters))
         typical = typical_texts(located, texts)
@@ -383,6 +360,42 @@ def build(
         write_pool(out, manifest, located.projection, adapters, typical=typical, further=further, replace=replace)
     place.wait_for_everyone()
     return Pool.open(out)
+
+
+def _manifest(
+    name: str, fingerprint: str, loras: JointLoras, located: Located, settings: Settings, chosen: dict[str, Any]
+) -> PoolManifest:
+    """What the pool says of itself.
+
+    Args:
+        chosen: every choice, and what became of it.
+    """
+    del chosen["weighting"]  # has a field of its own
+    found = {
+        "sizes": located.sizes,
+        "groups": 0 if located.groups is None else len(located.groups),
+        "pca": _pca(located),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+    return PoolManifest(
+        schema_version=SCHEMA_VERSION,
+        name=name,
+        base_fingerprint=fingerprint,
+        adapters=settings.adapters,
+        rank=settings.rank,
+        scale=settings.scale,
+        targets=loras.modules,
+        embedding=Embedding(
+            tap_layer=chosen["tap_layer"],
+            part="all" if located.recipe == "paper" else "answer",
+            residual=located.projection.residual,
+        ),
+        dimensions=located.projection.projection.shape[1],
+        weighting=settings.weighting,
+        blend="separate",
+        grouped=located.groups is not None,
+        settings=chosen | found,
+    )
 
 
 def check_out(out: Path, *, replace: bool) -> None:
