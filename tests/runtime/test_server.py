@@ -34,8 +34,10 @@ from tests.runtime.tiny import EOS, TOKENIZER, byte_ids, fake
 from tests.support import needs
 
 httpx = needs.module("httpx")
+jsonschema = needs.module("jsonschema")
 openai = needs.module("openai")
 needs.module("fastapi")
+needs.module("llguidance")
 needs.module("uvicorn")
 
 from crayon_runtime.server import asgi, create_app  # noqa: E402
@@ -690,6 +692,10 @@ def test_the_log_tells_nothing_of_users(ask: Ask, caplog: pytest.LogCaptureFixtu
 # Bad input
 
 
+def schema(wanted: dict[str, Any]) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "wanted", "schema": wanted}}}
+
+
 def part(**content: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": [content]}]}
 
@@ -721,10 +727,9 @@ def message(**changes: Any) -> dict[str, Any]:
         ({"presence_penalty": -1}, "400 this server does not support that value of `presence_penalty`"),
         ({"logit_bias": {"5": 1}}, "400 this server does not support that value of `logit_bias`"),
         ({"logprobs": True, "top_logprobs": 3}, "400 this server does not support that value of `top_logprobs`"),
-        (
-            {"response_format": {"type": "json_object"}},
-            "400 this server does not support that value of `response_format",
-        ),
+        ({"response_format": {"type": "xml"}}, "400 this server does not support that value of `response_format"),
+        (schema({"type": "string", "minLength": 2, "maxLength": 1}), "400 "),
+        (schema({"not": {"type": "null"}}), "400 cannot be enforced: "),
         ({"tools": [{"type": "function"}]}, "400 this server does not support that value of `tools`"),
         ({"audio": {"voice": "x"}}, "400 this server does not support that value of `audio`"),
         ({"store": True}, "400 this server does not support that value of `store`"),
@@ -750,6 +755,44 @@ def test_bad_requests_are_refused(ask: Ask, changes: dict[str, Any], said: str) 
     assert problem(ask.chat(**changes)).startswith(said)
     assert problem(ask.chat(**{"stream": True, **changes})).startswith(said)
     assert ask.chat().status_code == 200
+
+
+MOOD = {
+    "type": "object",
+    "properties": {"mood": {"enum": ["calm", "brisk"]}, "loud": {"type": "boolean"}},
+    "required": ["mood", "loud"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_meets_its_schema(serve: Any, stream: bool) -> None:
+    served = serve()
+    said = set()
+    for seed in range(4):
+        request = {**schema(MOOD), "temperature": 2, "seed": seed, "max_tokens": 300, "stream": stream}
+        got = served.client.chat.completions.create(**{**CHAT, **request})
+        if stream:
+            *chunks, last = [chunk.choices[0] for chunk in got]
+            text, reason = "".join(chunk.delta.content or "" for chunk in chunks), last.finish_reason
+        else:
+            text, reason = got.choices[0].message.content, got.choices[0].finish_reason
+        assert reason == "stop"
+        jsonschema.validate(json.loads(text), MOOD)
+        said.add(text)
+    assert len(said) > 1
+
+
+def test_an_answer_in_json(serve: Any) -> None:
+    request = {"response_format": {"type": "json_object"}, "temperature": 1, "seed": 1, "max_tokens": 20}
+    assert serve().client.chat.completions.create(**{**CHAT, **request}).choices[0].message.content.startswith("{")
+
+
+def test_a_schema_without_the_extra(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    said = problem(ask.chat(**schema({"enum": ["not asked for before"]})))
+    assert said.startswith("400 ")
+    assert "pip install 'crayon-edge[grammar]'" in said
 
 
 def test_a_context_that_is_too_short_has_openais_code(serve: Any) -> None:

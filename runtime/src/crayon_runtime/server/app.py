@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -29,7 +30,7 @@ from msgspec import Struct
 
 from crayon_runtime._version import __version__
 from crayon_runtime.customize import state_folder
-from crayon_runtime.errors import CrayonError, InvalidInput
+from crayon_runtime.errors import CrayonError, InvalidInput, MissingExtra
 from crayon_runtime.generation import Piece
 from crayon_runtime.request import prompt_ids
 from crayon_runtime.server import replies
@@ -46,11 +47,14 @@ from crayon_runtime.server.requests import (
 )
 
 if TYPE_CHECKING:
+    from crayon_runtime.constraint import Constraint
     from crayon_runtime.engine import Engine
     from crayon_runtime.generation import AdapterLike, GenerateOptions, Generation
 
 WAITING = 16
 CONVERSATIONS = 2
+SCHEMAS = 32
+"""Of `response_format`, kept for further requests."""
 
 SEND_SECONDS = 30.0
 """A client that takes nothing for so long is given up."""
@@ -174,6 +178,8 @@ def _completion(
         adapter = models.adapter(request.model)
         ids = request.ids(engine.tokenizer, engine.backend.vocab_size)
         options: GenerateOptions = {**request.options(defaults), "adapter": adapter, "cancel": cancel}
+        if request.schema is not None:
+            options["constraint"] = _constraint(request.schema)
         engine.stream(ids, **options)  # refuses what it cannot do, before it costs another conversation its session
         options["session"] = sessions.pick(ids, adapter)
         with engine.stream(ids, **options) as stream:
@@ -184,6 +190,17 @@ def _completion(
             yield stream.generation
 
     return work
+
+
+@functools.lru_cache(maxsize=SCHEMAS)
+def _constraint(schema: str) -> Constraint:
+    """To make one takes as long as several tokens."""
+    from crayon_runtime.constraint import Constraint
+
+    try:
+        return Constraint.json_schema(schema)
+    except MissingExtra as e:
+        raise Refused(400, f"{e.what}; {e.do}", param="response_format", code="unsupported_parameter") from None
 
 
 def _embeddings(engine: Engine, models: Models, request: EmbeddingRequest) -> Work:

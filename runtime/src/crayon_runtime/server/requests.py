@@ -42,8 +42,24 @@ class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """Against listeners on a network, who are not on this one; ignored."""
 
 
-class TextFormat(Struct, frozen=True, forbid_unknown_fields=True):
-    type: Literal["text"]
+class TextFormat(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    pass
+
+
+class JsonObjectFormat(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_object"):
+    pass
+
+
+class JsonSchema(Struct, frozen=True, forbid_unknown_fields=True):
+    name: Annotated[str, Meta(max_length=64)]
+    schema: dict[str, Any] = {}
+    description: str | None = None
+    strict: bool | None = None
+    """What is false in OpenAI's protocol may be disobeyed; here nothing is."""
+
+
+class JsonSchemaFormat(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+    json_schema: JsonSchema
 
 
 class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,6 +110,11 @@ class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return self.max_tokens
 
     @property
+    def schema(self) -> str | None:
+        """The JSON schema, as text, of what the answer must be; None: any text."""
+        return None
+
+    @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -122,7 +143,7 @@ class ChatRequest(Sampled, frozen=True, forbid_unknown_fields=True, kw_only=True
     logprobs: bool | None = False
 
     top_logprobs: Annotated[int, Meta(ge=0, le=0)] | None = None
-    response_format: TextFormat | None = None
+    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
     tools: _Nothing | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
@@ -144,6 +165,15 @@ class ChatRequest(Sampled, frozen=True, forbid_unknown_fields=True, kw_only=True
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def schema(self) -> str | None:
+        match self.response_format:
+            case JsonObjectFormat():
+                return '{"type": "object"}'
+            case JsonSchemaFormat(json_schema=wanted):
+                return msgspec.json.encode(wanted.schema).decode()
+        return None
 
     @property
     def wants_logprobs(self) -> bool:
