@@ -35,7 +35,8 @@ needs.module("limits")
 needs.module("prometheus_client")
 fsspec = needs.module("fsspec")
 
-from crayon_server.cli.serve import _config, _listen, _read_key  # noqa: E402
+from crayon_runtime.server.asgi import read_key  # noqa: E402
+from crayon_server.cli.serve import _config, _listen  # noqa: E402
 from crayon_server.service import access_log  # noqa: E402
 from crayon_server.service import app as service  # noqa: E402
 from crayon_server.service import pools as pools_module  # noqa: E402
@@ -655,13 +656,13 @@ def test_the_api_key(pool: Pool, cache: Path) -> None:
 def test_api_key_files(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_text("correct horse battery\n")
-    assert _read_key(path) == "correct horse battery"
+    assert read_key(path) == "correct horse battery"
     for content in (b"short", b"two lines of\nletters and more", "schlüsselschlüssel".encode()):
         path.write_bytes(content)
         with pytest.raises(InvalidInput, match="API key"):
-            _read_key(path)
+            read_key(path)
     with pytest.raises(InvalidInput, match="cannot be read"):
-        _read_key(tmp_path / "absent")
+        read_key(tmp_path / "absent")
 
 
 # What others see

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 from crayon_runtime.cli.common import PATH, note
-from crayon_runtime.errors import InvalidInput, OutputError
+from crayon_runtime.errors import OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +59,7 @@ def serve(
 
     Put a proxy that speaks TLS in front of it before you listen on anything but this machine.
     """
+    from crayon_runtime.server.asgi import read_key
     from crayon_server.service.pools import fetch_pool, is_remote, without_credentials
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what is temporary is removed
@@ -73,7 +74,7 @@ def serve(
             fetch_pool(pool, _pools(cache)) if is_remote(pool) else Path(pool),
             keys,
             cache=folder,
-            api_key=_read_key(api_key_file),
+            api_key=read_key(api_key_file) if api_key_file else None,
             rate_limit=rate_limit,
         )
         with _listen(host, port) as listening:
@@ -151,27 +152,12 @@ def _pools(cache: Path | None) -> Path:
     return (cache or user_cache_path("crayon", appauthor=False)) / "pools"
 
 
-def _read_key(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        key = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as e:
-        raise InvalidInput("the API key cannot be read", where=path, do="put one line of ASCII there") from e
-    if not key.isprintable() or len(key) < 16:
-        raise InvalidInput("the API key must be one line of at least 16 characters", where=path)
-    return key
-
-
 def _listen(host: str, port: int) -> socket.socket:
-    try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as e:
-        raise OutputError(
-            f"this address cannot be listened on: {e.strerror}", where=f"{host}:{port}", do="choose another --port"
-        ) from e
-    # Both are inherited by connections.
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # without it, answers wait for 40 ms
+    from crayon_runtime.server.asgi import listen
+
+    listening = listen(host, port)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _STALL_SECONDS)
+        listening.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _STALL_SECONDS
+        )  # connections inherit it
     return listening
