@@ -162,7 +162,7 @@ class Customization:
             rows["crayon_paper"] = self._answer(pool.loras, pool.alphas)
         rows["tuned_on_10"] = self._tuned(seed)
         rows["oracle"] = self._oracle(dataclasses.replace(own, adapters=len(self.users)))
-        return Measured(rows, agreements, costs)
+        return Measured(dict(rows), agreements, costs)
 
     def few_shot_texts(self) -> list[Tokens]:
         """The queries after their user's examples, one exchange after the other, as in a conversation.
