@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from collections import defaultdict
 from collections.abc import Generator
 
 import pytest
 
 from tests.support import parse_reason
+
+
+def pytest_configure() -> None:
+    """A shell starts what runs in the background deaf to Ctrl-C, and so would be the processes that tests interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
