@@ -556,5 +556,5 @@ def test_the_command_says_when_it_kept_the_old(
 def test_the_command_without_examples(exported: Bundle, pool: Pool, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     bundle.symlink_to(exported.path)
-    with pytest.raises(CrayonError, match="the examples cannot be read"):
+    with pytest.raises(CrayonError, match="the examples cannot be read: none are kept"):
         call(bundle, "--pool", pool.path)

@@ -185,6 +185,12 @@ def kept_examples(folder: Path) -> list[Example]:
     Raises:
         InvalidInput: there are none.
     """
+    if not (folder / EXAMPLES).exists():
+        raise InvalidInput(
+            "the examples cannot be read: none are kept, as this model was not customized before",
+            where=folder,
+            do="give some with --examples FILE",
+        )
     return read_examples(folder / EXAMPLES)
 
 

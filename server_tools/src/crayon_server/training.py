@@ -146,9 +146,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tokens:
     prompt: list[int] = tokenizer(text.prompt)["input_ids"]
     ids: list[int] = tokenizer(text.prompt + text.completion)["input_ids"]
     eos = tokenizer.eos_token_id
-    prompt, ids = (
-        row[:-1] if row[-1:] == [eos] else row for row in (prompt, ids)
-    )  # some tokenizers end what they are given
+    # Some tokenizers end what they are given.
+    prompt, ids = (row[:-1] if row[-1:] == [eos] else row for row in (prompt, ids))
     begin = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids)))
     return Tokens([*ids, eos], [i >= begin for i in range(len(ids) + 1)])
 
