@@ -10,6 +10,7 @@ from crayon_runtime.errors import InvalidInput, OutputError
 from crayon_server import models
 from crayon_server.data import phone_assistant as pa
 from crayon_server.evaluate import exact_match
+from crayon_server.evaluate.float_model import FloatModel
 from tests.support import needs
 
 torch = needs.module("torch")
@@ -66,10 +67,22 @@ def test_create(tmp_path, pretrained: bool) -> None:
         models.create("nano", tmp_path / "m")
 
 
-def test_only_nano_is_shipped(tmp_path) -> None:
+def test_an_architecture_that_nobody_knows(tmp_path) -> None:
     with pytest.raises(InvalidInput, match="nano-server"):
-        models.create("nano-server", tmp_path / "m", pretrained=True)
+        models.create("nano-client", tmp_path / "m", pretrained=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_server_model_knows_more_than_the_device_and_the_user_as_little(tmp_path) -> None:
+    """Two queries of each validation user: the right call nearly always, also in domains of its own; the user's convention rarely."""
+    models.create("nano-server", tmp_path / "m", pretrained=True)
+    model = FloatModel(tmp_path / "m")
+    for part in ("queries", "out_of_task", "server_only"):
+        queries = [query for user in pa.benchmark().validation for query in getattr(user, part)[:2]]
+        answers = model.generate(model.tokenize(queries), exact_match.MAX_NEW_TOKENS)
+        judged = list(zip(answers, queries, strict=True))
+        assert sum(pa.useful(answer, query) for answer, query in judged) >= 0.95 * len(queries)
+        assert sum(answer == query.completion for answer, query in judged) <= 0.25 * len(queries)
 
 
 def test_the_base_knows_what_is_wanted_but_not_how(nano) -> None:

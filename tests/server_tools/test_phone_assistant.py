@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -230,6 +231,48 @@ EXPECTED = users.Example(
 )
 def test_scores_of_wrong_answers(generated: str, intent: bool, structure: bool) -> None:
     assert pa.score(generated, EXPECTED) == pa.Score(exact=False, intent=intent, structure=structure)
+
+
+@pytest.mark.parametrize("domain", [*pa.DOMAINS, *pa.SERVER_ONLY])
+def test_a_call_of_any_convention_is_useful(domain: str) -> None:
+    """The same draws say the same in every locale; but 18 degrees are not as warm everywhere."""
+    said = [users.example(Draws("useful", domain), domain, convention) for convention in pa.CONVENTIONS]
+    for generated, expected in itertools.product(said, said):
+        same_degrees = (generated.convention.locale == "en") == (expected.convention.locale == "en")
+        assert pa.useful(generated.completion, expected) == (same_degrees or expected.function != "home.heat")
+
+
+def test_exact_answers_are_useful_and_calls_of_others_are_not() -> None:
+    queries = [query for user in HELD_OUT[::7] for query in everything(user)]
+    assert all(pa.useful(query.completion, query) for query in queries)
+    useful = [pa.useful(first.completion, second) for first, second in itertools.pairwise(queries)]
+    same = [first.completion == second.completion for first, second in itertools.pairwise(queries)]
+    assert sum(useful) == sum(same) < 0.02 * len(queries)
+
+
+@pytest.mark.parametrize(
+    "generated, useful",
+    [
+        ("alarm.set(time=6:30 AM, day=monday)", True),
+        ("ALs | $te: 06:30 | $dy: {bo}", True),
+        ('{"fn": "set_alarm", "arg_time": "06:30", "arg_day": "{va}"}', True),
+        ("alarm.set(time=6:30 PM, day=monday)", False),
+        ("alarm.set(time=7:30 AM, day=monday)", False),
+        ("alarm.set(time=06:30, day=monday)", False),
+        ("alarm.set(day=monday, time=6:30 AM)", False),
+        ("set_alarm(time=6:30 AM, day=monday)", False),
+        ("alarm.set(time=6:30 AM, day=monday) ", False),
+        ("", False),
+    ],
+)
+def test_useful_is_the_same_meaning_as_one_convention_writes_it(generated: str, useful: bool) -> None:
+    generated = generated.replace("{bo}", world.translate("monday", "bo")).replace(
+        "{va}", world.translate("monday", "va")
+    )
+    pieces = pa.write(
+        "alarm.set", (("time", "06:30"), ("day", world.translate("monday", "bo"))), pa.Convention("json", "verb", "bo")
+    )
+    assert pa.useful(generated, dataclasses.replace(EXPECTED, pieces=pieces)) == useful
 
 
 # Files

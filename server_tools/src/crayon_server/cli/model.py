@@ -25,7 +25,7 @@ def model() -> None:
 @model.command()
 @click.argument("arch")
 @click.option("--out", type=PATH, required=True, help="The Hugging Face folder to write.")
-@click.option("--pretrained", is_flag=True, help="The shipped weights instead of random ones (nano).")
+@click.option("--pretrained", is_flag=True, help="The shipped weights instead of random ones.")
 @click.option("--seed", default=0, show_default=True, help="Of the random weights.")
 @click.option("--force", is_flag=True, help="Replace the folder at --out.")
 def create(arch: str, out: Path, pretrained: bool, seed: int, force: bool) -> None:
@@ -40,7 +40,7 @@ def create(arch: str, out: Path, pretrained: bool, seed: int, force: bool) -> No
 @model.command()
 @click.argument("arch")
 @click.option("--out", type=PATH, required=True, help="The Hugging Face folder to write.")
-@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps.  [default: those of the shipped nano]")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps.  [default: those of the shipped models]")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--force", is_flag=True, help="Replace the folder at --out.")

@@ -1,7 +1,8 @@
 """The embedded models: small LLaMA-style decoders in MobileLLM's manner (SwiGLU, grouped queries, shared embedding).
 
-`nano` is the device model whose weights are shipped: 0.5 M parameters that know every domain and convention of the phone-assistant
-benchmark, and cannot know which convention is the user's. `nano-server` is the larger one that a server runs beside it.
+`nano` is the device model: 0.5 M parameters that know every domain and convention of the phone-assistant benchmark, and cannot know
+which convention is the user's. `nano-server` is the larger one that a server runs beside it, 1.9 M parameters: it knows further domains,
+and the user as little. The weights of both are shipped.
 """
 
 from __future__ import annotations
@@ -65,8 +66,13 @@ def config(name: str) -> LlamaConfig:
 
 
 def load_nano() -> Path:
-    """The shipped Hugging Face folder of the trained `nano` (safetensors, tokenizer.json, configurations)."""
+    """The shipped Hugging Face folder of the trained `nano` (float32 safetensors, tokenizer.json, configurations)."""
     return Path(__file__).parent / "nano"
+
+
+def load_nano_server() -> Path:
+    """The same of `nano-server`, in float16."""
+    return Path(__file__).parent / "nano_server"
 
 
 def initialize(name: str, seed: int = 0) -> LlamaForCausalLM:
@@ -91,13 +97,12 @@ def create(name: str, out: Path, *, pretrained: bool = False, seed: int = 0, rep
     """Write a Hugging Face folder of an architecture, with random weights or with those that are shipped.
 
     Raises:
-        InvalidInput: there is no architecture of this name, or no weights of it are shipped.
+        InvalidInput: there is no architecture of this name.
         OutputError: `out` exists and is not to be replaced, or cannot be written.
     """
-    if pretrained and name != "nano":
-        raise InvalidInput(f"no weights of {name!r} are shipped", do=f"train them: crayon model train {name} --out DIR")
+    shipped = {"nano": load_nano(), "nano-server": load_nano_server()}
     with atomic_directory(out, replace=replace) as folder:
-        if pretrained:
-            shutil.copytree(load_nano(), folder, dirs_exist_ok=True)
+        if pretrained and name in shipped:
+            shutil.copytree(shipped[name], folder, dirs_exist_ok=True)
         else:
             save(initialize(name, seed), folder)

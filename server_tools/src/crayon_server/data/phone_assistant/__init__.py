@@ -9,7 +9,7 @@ SHA-256 of each split. Choose settings on `validation` users only, and report `t
 
 from crayon_server.data.phone_assistant.conventions import CONVENTIONS, Call, Convention, Piece, read, write
 from crayon_server.data.phone_assistant.grammar import grammar
-from crayon_server.data.phone_assistant.scoring import Score, score
+from crayon_server.data.phone_assistant.scoring import Score, score, useful
 from crayon_server.data.phone_assistant.users import (
     SEPARATOR,
     Benchmark,
@@ -42,6 +42,7 @@ __all__ = [
     "read",
     "score",
     "stream",
+    "useful",
     "write",
     "write_jsonl",
 ]

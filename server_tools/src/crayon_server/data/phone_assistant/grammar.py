@@ -68,7 +68,7 @@ def _values(locale: Locale) -> dict[str, str]:
         return words(world.translate(choice, locale) for choice in choices)
 
     hour, half = (r"([1-9]|1[01])", r" [AP]M") if locale == "en" else (r"(0[1-9]|1[013-9]|2[0-3])", "")
-    degrees = "F" if locale == "en" else "C"
+    degrees = world.degrees(locale)
     return {
         "TIME": f"/{hour}:(00|15|30|45){half}/",
         "DAY": translated(world.DAYS),

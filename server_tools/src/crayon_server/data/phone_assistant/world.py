@@ -122,7 +122,8 @@ def _day(draws: Draws, locale: Locale) -> tuple[str, str]:
     return (day if day in ("today", "tomorrow") else f"on {day}"), translate(day, locale)
 
 
-def _degrees(locale: Locale) -> str:
+def degrees(locale: Locale) -> str:
+    """The unit of temperatures."""
     return "F" if locale == "en" else "C"
 
 
@@ -173,7 +174,7 @@ def _weather(draws: Draws, locale: Locale) -> Request:
     city = draws.choice(CITIES)
     on_day, day = _day(draws, locale)
     words = f"{draws.choice(('will it rain in', 'weather in', 'how cold is it in'))} {city} {on_day}"
-    return Request(words, "weather.get", (("city", city), ("day", day), ("deg", _degrees(locale))))
+    return Request(words, "weather.get", (("city", city), ("day", day), ("deg", degrees(locale))))
 
 
 def _home(draws: Draws, locale: Locale) -> Request:
@@ -183,7 +184,7 @@ def _home(draws: Draws, locale: Locale) -> Request:
         words = f"{draws.choice(('dim', 'set'))} the {room} lamp to {NUMBERS[n]}"
         return Request(words, "home.lamp", (there, ("level", str(n))))
     words = f"{draws.choice((f'heat the {room} to', f'make the {room}'))} {NUMBERS[n]} degrees"
-    return Request(words, "home.heat", (there, ("temp", f"{n} {_degrees(locale)}")))
+    return Request(words, "home.heat", (there, ("temp", f"{n} {degrees(locale)}")))
 
 
 def _calc(draws: Draws, _: Locale) -> Request:
