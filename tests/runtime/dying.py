@@ -23,6 +23,7 @@ from typing import Any
 from crayon_runtime import files
 from crayon_runtime.bundle import Bundle
 from crayon_runtime.customize import ADAPTER, customize, kept_examples, read_state
+from crayon_runtime.customized import example_states
 from crayon_runtime.errors import OutputError
 from crayon_runtime.examples import Example
 from crayon_runtime.pool import Pool
@@ -116,6 +117,7 @@ def whole(folder: Path) -> dict[str, bytes]:
     Bundle.open(folder / ADAPTER, verify=True)
     read_state(folder)
     kept_examples(folder)
+    assert example_states(folder) is not None
     return contents(folder)
 
 

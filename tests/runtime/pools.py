@@ -9,6 +9,7 @@ import numpy as np
 
 from crayon_runtime.affinity import Projection, Weighting
 from crayon_runtime.pool import Embedding, Pool, PoolManifest, write_pool
+from crayon_runtime.prototypes import ClusteredPrototypes
 from tests.runtime import bundles
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (8, 12), "model.layers.1.mlp.down_proj": (16, 6)}
@@ -46,6 +47,12 @@ def projection(count: int = 3, d: int = 8, k: int = 4, *, residual: bool = True,
     return Projection(random(d), random(d, k), indicators, *parts)
 
 
+def prototypes(clusters: tuple[int, ...] = (0, 0, 0, 1, 1, 2), d: int = 8, *, seed: int = 0) -> ClusteredPrototypes:
+    states = np.random.default_rng(seed).standard_normal((len(clusters), d)).astype(np.float16)
+    mean = states.mean(0, dtype=np.float32)
+    return ClusteredPrototypes(states, np.array(clusters), mean, "a-server-llm")
+
+
 def write(
     out: Path,
     *,
@@ -53,10 +60,11 @@ def write(
     located: Projection | None = None,
     base: str = bundles.BASE,
     typical: list[dict[str, Any]] | None = None,
+    server: ClusteredPrototypes | None = None,
     replace: bool = False,
     **changes: Any,
 ) -> Pool:
-    """A pool; `changes` are fields of its manifest."""
+    """A pool; `server` are its prototypes, and `changes` fields of its manifest."""
     adapters = adapters if adapters is not None else loras()
     residual = changes.get("embedding", Embedding(2, "answer", True)).residual
     located = located or projection(len(adapters), residual=residual)
@@ -77,5 +85,11 @@ def write(
     }
     manifest = PoolManifest(**fields | changes)
     return write_pool(
-        out, manifest, located, [(None, lora) for lora in adapters], typical=typical or [], replace=replace
+        out,
+        manifest,
+        located,
+        [(None, lora) for lora in adapters],
+        typical=typical or [],
+        prototypes=server,
+        replace=replace,
     )

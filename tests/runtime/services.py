@@ -114,8 +114,9 @@ class Service:
 
     def archive(self, body: bytes) -> bytes:
         """What this service would answer."""
-        alpha = json.loads(body)["alpha"]
-        key = f"{self.pool.manifest.version} {alpha}"
+        asked = json.loads(body)
+        alpha, size = asked["alpha"], asked.get("prototypes", 64)
+        key = f"{self.pool.manifest.version} {alpha} {size}"
         if key not in self.archives:
             number = len(self.archives)
             out = self._folder / f"made-{number}"
@@ -125,6 +126,7 @@ class Service:
                 name=f"adapter-{number}",
                 base_fingerprint=self.pool.manifest.base_fingerprint,
                 pool=self.pool.manifest.origin,
+                prototypes=self.pool.prototypes.picked(alpha, size) if self.pool.prototypes else None,
             )
             self.edit(out)
             if self.keys:

@@ -32,12 +32,15 @@ from crayon_runtime.customize import (
     read_state,
     state_folder,
 )
-from crayon_runtime.customized import current, made_from
+from crayon_runtime.customized import current, example_states, made_from
 from crayon_runtime.engine import Engine
 from crayon_runtime.errors import AdapterError, CrayonError, InvalidInput, ManifestError, OutputError
-from crayon_runtime.examples import Example, answer_log_loss
+from crayon_runtime.examples import Example, Score, answer_log_loss, score
 from crayon_runtime.pool import Embedding, Pool, write_adapter_bundle
+from crayon_runtime.prototypes import choose, read_prototypes
 from crayon_runtime.remote import PoolClient
+from crayon_runtime.routing.calibrate import Query, calibrate
+from crayon_runtime.routing.router import Router
 from crayon_runtime.signing import KeyStore
 from tests.export.models import TEXT, tiny_llama, tiny_tokenizer
 from tests.runtime import bundles, pools, services, tiny
@@ -138,6 +141,7 @@ def whole(folder: Path) -> dict[str, bytes]:
     Bundle.open(folder / "adapter", verify=True)
     read_state(folder)
     kept_examples(folder)
+    assert example_states(folder) is not None
     return bundles.contents(folder)
 
 
@@ -176,12 +180,80 @@ def test_examples_lead_to_the_adapter_that_they_come_from(
         "adapter/adapter.onnx_adapter",
         "adapter/manifest.json",
         "examples.jsonl",
+        "examples.safetensors",
         "state.json",
     ]
     assert kept_examples(folder) == examples
     state = read_state(folder)
     assert (state.pool_version, state.alpha, state.refined) == (pool.manifest.version, result.alpha, False)
     assert state.log_loss == result.log_loss
+
+
+def test_what_the_customized_model_makes_of_the_examples_is_kept(
+    engine: Engine, examples: list[Example], pool: Pool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "customized"
+    assert example_states(folder) is None
+    assert customize(engine, examples, pool, folder=folder).installed
+    found = example_states(folder)
+    assert found is not None
+    assert engine.adapter == "customized"
+    np.testing.assert_allclose(found.prompt, engine.embed(examples, part="prompt", base=False), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.answer, engine.embed(examples, part="answer", base=False), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(found.answer, engine.embed(examples, part="answer", base=True), atol=1e-3)
+    adapter = engine.read_adapter(Bundle.open(folder / "adapter"))
+    expected = [-answer_log_loss(engine, [example], adapter) for example in examples]
+    np.testing.assert_allclose(found.log_probability, expected, rtol=1e-5)
+
+
+def test_prototypes_come_with_the_adapter(
+    engine: Engine, examples: list[Example], loras: list[pools.Lora], tmp_path: Path
+) -> None:
+    made = pools.prototypes((0,) * 40 + (1,) * 50 + (2,) * 3, 64)
+    pool = near(engine, examples, tmp_path / "pool", adapters=loras, server=made)
+    folder = tmp_path / "customized"
+    result = customize(engine, examples, pool, folder=folder)
+    assert result.alpha[RIGHT] > 0.99
+    found = read_prototypes(Bundle.open(folder / "adapter", verify=True), 64)
+    assert found is not None
+    expected = made.states[choose(result.alpha, made.clusters, 64)]
+    np.testing.assert_array_equal(found.states, expected)
+    assert (found.states[:, None] == made.states[40:90]).all(2).any(1).sum() == 50, "all of the right cluster"
+    np.testing.assert_array_equal(found.mean, made.mean)
+    size = (folder / "adapter/prototypes.safetensors").stat().st_size
+    assert result.prototypes_bytes == size
+    assert 64 * 64 * 2 + 64 * 4 < size < 64 * 64 * 2 + 64 * 4 + 512
+    assert "prototypes" not in result.sent
+
+    few = customize(engine, examples, pool, folder=folder, prototypes=7)
+    seven = read_prototypes(Bundle.open(folder / "adapter"), 64)
+    assert seven is not None
+    assert len(seven.states) == 7
+    assert few.sent["prototypes"] == 7
+    assert customize(engine, examples, pool, folder=folder, prototypes=0).prototypes_bytes == 0
+    assert read_prototypes(Bundle.open(folder / "adapter"), 64) is None
+    assert not (folder / "adapter/prototypes.safetensors").exists()
+
+
+@pytest.mark.parametrize("count", [-1, 1025, 3.5, True])
+def test_no_such_number_of_prototypes(engine: Engine, examples: list[Example], pool: Pool, count: Any) -> None:
+    with pytest.raises(InvalidInput, match="it must be from 0 to 1024"):
+        customize(engine, examples, pool, prototypes=count)
+
+
+def test_states_that_are_no_numbers_are_refused(
+    engine: Engine, examples: list[Example], pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(engine: Engine, examples: list[Example], adapter: Any = None) -> Score:
+        found = score(engine, examples, adapter)
+        if adapter is not None:
+            found.means["answer"][1, 2] = np.nan
+        return found
+
+    monkeypatch.setattr("crayon_runtime.customize.score", wrong)
+    result = customize(engine, examples, pool, folder=tmp_path / "customized")
+    assert (result.installed, result.reason) == (False, "the states of the examples are not numbers with it")
+    assert not (tmp_path / "customized").exists()
 
 
 @pytest.mark.parametrize("dtype, near", [("fp32", 1e-4), ("fp16", 3e-3), ("int8", 3e-2)])
@@ -210,6 +282,26 @@ def test_it_is_there_after_a_restart(engine: Engine, examples: list[Example], po
         assert restarted.generate(PROMPTS[0], max_new_tokens=8).token_ids != customized
         restarted.set_adapter(result.adapter)
         assert restarted.generate(PROMPTS[0], max_new_tokens=8).token_ids == customized
+
+
+def test_a_calibration_stays_with_the_adapter_that_it_was_made_with(
+    engine: Engine, examples: list[Example], pool: Pool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "own"
+    customize(engine, examples, pool, folder=folder)
+    router = Router(engine, folder=folder)
+    assert router.policy.name == "calibrated"
+    queries = [Query(example.prompt, completion=example.completion) for example in examples]
+    made = calibrate(engine, queries, folder, budget=0.5, max_new_tokens=4)
+    made.write(folder)
+
+    customize(engine, examples, pool, folder=folder)
+    assert Router(engine, folder=folder).policy == made.policy("calibrated"), "the adapter is the same"
+    customize(engine, examples[:1], pool, folder=folder, digits=1)
+    router = Router(engine, folder=folder)
+    assert router.policy != made.policy("calibrated")
+    assert "made with another adapter" in router.known(engine.present_adapter).notes[0]
+    assert router.answer(examples[0].prompt, max_new_tokens=4).signals.keys() == router.policy.weights.keys()
 
 
 def test_alpha_does_not_depend_on_the_adapter_in_place(
@@ -537,6 +629,22 @@ def test_the_command(exported: Bundle, examples: list[Example], pool: Pool, tmp_
     assert "already customized with pool random" in nothing_new.stdout
     assert "log-loss" not in nothing_new.stdout
     assert "log-loss" in call(bundle, "--pool", pool.path, "--threads", 1, "--again").stdout
+
+
+def test_the_command_says_what_prototypes_cost(
+    engine: Engine, exported: Bundle, examples: list[Example], loras: list[pools.Lora], tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.symlink_to(exported.path)
+    file = tmp_path / "examples.jsonl"
+    file.write_text("".join(json.dumps(example._asdict()) + "\n" for example in examples))
+    pool = near(engine, examples, tmp_path / "pool", adapters=loras, server=pools.prototypes((0, 1, 1, 2), 64))
+    options = ("--examples", file, "--pool", pool.path, "--threads", 1)
+    assert "its prototypes, which tell when to ask the server LLM: 1.0 kB" in call(bundle, *options).stdout
+    assert "already customized" in call(bundle, *options).stdout
+    fewer = call(bundle, *options, "--prototypes", 2, "--json")
+    assert 500 < json.loads(fewer.stdout)["prototypes_bytes"] < 900
+    assert "prototypes" not in call(bundle, *options, "--prototypes", 0).stdout
 
 
 def test_the_command_says_when_it_kept_the_old(

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from crayon_runtime.backends.fake import FakeAdapter
-from crayon_runtime.errors import ContextOverflow, InvalidInput
-from crayon_runtime.examples import Example, answer_log_loss, read_examples, score, to_jsonl
+from crayon_runtime.errors import ContextOverflow, IntegrityError, InvalidInput
+from crayon_runtime.examples import Example, ExampleStates, answer_log_loss, read_examples, score, to_jsonl
 from tests.runtime import tiny
 from tests.runtime.tiny import EOS, TOKENIZER, VOCAB_SIZE, fake
 
@@ -60,6 +61,66 @@ def test_the_means_are_those_of_embed() -> None:
     found = score(engine, EXAMPLES).means
     for part in ("prompt", "answer", "all"):
         np.testing.assert_allclose(found[part], engine.embed(EXAMPLES, part=part), rtol=1e-6)
+
+
+@pytest.mark.parametrize("adapter", [None, FakeAdapter("alice")])
+def test_the_log_probability_of_each_answer(adapter: Any) -> None:
+    found = score(tiny.engine(logits), EXAMPLES, adapter).log_probability
+    expected = [-defined([example], adapter.name if adapter else None) for example in EXAMPLES]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_states_are_read_as_they_were_written(tmp_path: Path) -> None:
+    found = score(tiny.engine(logits), EXAMPLES)
+    (tmp_path / "s").write_bytes(found.states.to_bytes())
+    read = ExampleStates.read(tmp_path / "s")
+    np.testing.assert_array_equal(read.prompt, found.means["prompt"])
+    np.testing.assert_array_equal(read.answer, found.means["answer"])
+    np.testing.assert_array_equal(read.log_probability, found.log_probability)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": np.zeros((2, 5), np.float32)},
+        {"answer": np.zeros((3, 4), np.float32)},
+        {"log_probability": np.zeros(3, np.float32)},
+        {"log_probability": np.zeros((2, 1), np.float32)},
+        {"prompt": np.full((2, 4), np.nan, np.float32)},
+        {"log_probability": np.float32([0, -np.inf])},
+        {"answer": np.zeros((2, 4), np.float16)},
+        {"answer": np.zeros((2, 4), np.int32)},
+        {
+            "prompt": np.zeros((0, 4), np.float32),
+            "answer": np.zeros((0, 4), np.float32),
+            "log_probability": np.zeros(0, np.float32),
+        },
+        {"prompt": np.zeros(4, np.float32)},
+        {"more": np.zeros(4, np.float32)},
+    ],
+)
+def test_states_that_are_none(changes: dict[str, Any], tmp_path: Path) -> None:
+    right = {
+        "prompt": np.zeros((2, 4), np.float32),
+        "answer": np.zeros((2, 4), np.float32),
+        "log_probability": np.zeros(2, np.float32),
+    }
+    save_file(right, tmp_path / "s")
+    assert ExampleStates.read(tmp_path / "s").prompt.shape == (2, 4)
+    save_file(right | changes, tmp_path / "s")
+    with pytest.raises(IntegrityError, match="no states of examples"):
+        ExampleStates.read(tmp_path / "s")
+
+
+def test_files_of_states_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for content in (b"", b"\xff" * 100, b"\2\0\0\0\0\0\0\0{}"):
+        (tmp_path / "s").write_bytes(content)
+        with pytest.raises(IntegrityError):
+            ExampleStates.read(tmp_path / "s")
+    monkeypatch.setattr("crayon_runtime.examples.LARGEST_STATES", 9)
+    with pytest.raises(IntegrityError, match="have 10 bytes, which is too much"):
+        ExampleStates.read(tmp_path / "s")
 
 
 def test_logits_that_are_far_apart() -> None:

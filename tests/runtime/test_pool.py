@@ -281,6 +281,12 @@ def test_a_projection_that_lies(pool: Pool, content: bytes) -> None:
         Pool.open(pool.path)
 
 
+def test_whole_numbers_are_no_adapter(tmp_path: Path) -> None:
+    whole = [{m: (a.astype(np.int32), b.astype(np.int32)) for m, (a, b) in x.items()} for x in pools.loras()]
+    with pytest.raises(BundleError, match="is not adapted with rank 2"):
+        pools.write(tmp_path / "pool", adapters=whole)
+
+
 def test_no_pool(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="there is no pool here"):
         Pool.open(tmp_path / "nowhere")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -38,6 +39,7 @@ from crayon_runtime.errors import (
 )
 from crayon_runtime.examples import Example
 from crayon_runtime.pool import Pool
+from crayon_runtime.prototypes import Prototypes, read_prototypes
 from crayon_runtime.remote import PoolClient
 from crayon_runtime.signing import KeyStore
 from tests.runtime import bundles, pools, tiny
@@ -187,6 +189,95 @@ def test_what_is_asked_for_beyond_the_default(
     sent = json.loads(service.asked[-1].body)
     assert (sent["dtype"], sent["rank_limit"]) == ("int8", 1)
     assert sent["alpha"] == [round(a, 2) for a in sent["alpha"]]
+
+
+# Prototypes
+
+
+def with_prototypes(out: Path, count: int = 90, **changes: Any) -> Pool:
+    return pools.write(out, serial=100, server=pools.prototypes((0,) * count + (1,) * count + (2,) * count), **changes)
+
+
+def test_prototypes_come_with_the_adapter(engine: Engine, service: Service, client: PoolClient, tmp_path: Path) -> None:
+    service.serve(pool := with_prototypes(tmp_path / "other"))
+    result = customize(engine, EXAMPLES, client, folder=tmp_path / "customized")
+    assert "prototypes" not in json.loads(service.asked[-1].body), "as many as services send of themselves"
+    found = read_prototypes(Bundle.open(tmp_path / "customized/adapter"), 8)
+    expected = pool.prototypes.picked(result.alpha, 64) if pool.prototypes else None
+    assert found is not None
+    assert expected is not None
+    np.testing.assert_array_equal(found.states, expected.states)
+    assert result.prototypes_bytes == (tmp_path / "customized/adapter/prototypes.safetensors").stat().st_size
+    customize(engine, EXAMPLES, client, folder=tmp_path / "customized", prototypes=3)
+    assert json.loads(service.asked[-1].body)["prototypes"] == 3
+    assert Bundle.open(tmp_path / "customized/adapter").as_adapter.prototypes.count == 3  # type: ignore[union-attr]
+
+
+def edit_prototypes(service: Service, **changes: Any) -> None:
+    """Let the service send others than it should, with the right hashes and signatures."""
+    made = pools.prototypes((0,) * 64, changes.pop("d", 8))
+    states = made.states.astype(np.float32)
+    options = {"base": bundles.BASE, "version": service.pool.manifest.version} | changes
+
+    def edit(adapter: Path) -> None:
+        content = Prototypes(states, made.mean, "m").to_bytes(options["base"], options["version"])
+        if options.get("nan"):
+            content = content.replace(states.astype(np.float16).tobytes()[:2], b"\xff\xff", 1)
+        (adapter / "prototypes.safetensors").write_bytes(content)
+        entry = {"path": "prototypes.safetensors", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+        def relist(document: dict[str, Any]) -> None:
+            document["files"] = [file for file in document["files"] if file["path"] != entry["path"]] + [entry]
+            count = options.get("count", len(states))
+            document["prototypes"] = {"file": entry["path"], "count": count, "model": "m"}
+
+        bundles.edit_manifest(adapter, relist)
+
+    service.edit = edit
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"base": "c" * 64}, AdapterError, "the prototypes are of another base"),
+        ({"version": "f" * 16}, AdapterError, "the prototypes are of another version of the pool"),
+        ({"d": 7}, AdapterError, r"expected .*\(64, 8\)"),
+        ({"nan": True}, IntegrityError, "the prototypes hold NaN or infinity"),
+        ({"count": 63}, AdapterError, "expected|take less room"),
+        ({"count": 65}, AdapterError, "the service sent 65 prototypes; 64 could be asked for"),
+    ],
+)
+def test_prototypes_that_are_not_what_they_should_be(
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    engine: Engine,
+    service: Service,
+    client: PoolClient,
+    tmp_path: Path,
+) -> None:
+    service.serve(with_prototypes(tmp_path / "other"))
+    edit_prototypes(service, **changes)
+    with pytest.raises(error, match=message):
+        customize(engine, EXAMPLES, client, folder=tmp_path / "customized")
+    assert not (tmp_path / "customized").exists()
+    assert engine.adapter is None
+
+
+def test_prototypes_that_the_pool_does_not_have(service: Service, fetch: Callable[[], Bundle]) -> None:
+    edit_prototypes(service)
+    with pytest.raises(AdapterError, match="the service sent 64 prototypes; 0 could be asked for"):
+        fetch()
+
+
+def test_prototypes_larger_than_an_adapter(
+    engine: Engine, service: Service, client: PoolClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crayon_runtime.remote._SLACK", 4096)
+    service.serve(with_prototypes(tmp_path / "other", count=1024))
+    result = customize(engine, EXAMPLES, client, folder=tmp_path / "customized", prototypes=1024)
+    assert result.installed
+    assert result.prototypes_bytes > 1024 * 8 * 2
 
 
 @pytest.mark.parametrize("options", [{"refine": True}, {"blend": "concat"}, {"rank": 2}])
@@ -699,8 +790,6 @@ def test_a_zip_bomb(service: Service, connect: Callable[..., PoolClient], pool: 
 
 def test_entries_that_overlap(service: Service, connect: Callable[..., PoolClient], pool: Pool, tmp_path: Path) -> None:
     """Many files of a manifest whose entries are all the same bytes of the archive: small to send, large to unpack."""
-    import hashlib
-
     from crayon_runtime.bundle import pack
 
     service.keys = None
@@ -952,6 +1041,7 @@ def test_current(
     assert found(EXAMPLES[:2]) is None
     assert found(digits=2) is None
     assert found(dtype="int8") is None
+    assert found(prototypes=32) is None
     assert found(base="c" * 64) is None
 
     old = keys.current
@@ -1107,6 +1197,20 @@ def test_the_command_says_that_the_old_adapter_stays(
 def address(pool: Pool, keys: KeyStore, tmp_path: Path) -> Iterator[str]:
     with real(pool, keys, tmp_path / "archives", api_key="0123456789abcdef") as url:
         yield url
+
+
+def test_the_real_service_sends_prototypes(engine: Engine, keys: KeyStore, tmp_path: Path) -> None:
+    pool = with_prototypes(tmp_path / "other")
+    with (
+        real(pool, keys, tmp_path / "archives") as url,
+        PoolClient(url, trusted=keys.trusted, cache=tmp_path / "cache") as client,
+    ):
+        result = customize(engine, EXAMPLES, client, folder=tmp_path / "customized", prototypes=100)
+    found = read_prototypes(Bundle.open(tmp_path / "customized/adapter"), 8)
+    expected = pool.prototypes.picked(result.alpha, 100) if pool.prototypes else None
+    assert found is not None
+    assert expected is not None
+    np.testing.assert_array_equal(found.states, expected.states)
 
 
 def test_the_real_service(

@@ -90,7 +90,7 @@ def test_a_pool_opens_and_says_how_it_was_built(built) -> None:
     assert manifest.settings["recipe"] == "groups"
     assert manifest.settings["seed"] == 0
     assert len(manifest.targets) == 7 * 4
-    assert [line["cluster"] for line in pool.typical()] == sorted([0, 1, 2] * 5)
+    assert [line["cluster"] for line in pool.typical()] == sorted([0, 1, 2] * 32)
 
 
 def test_no_path_of_the_machine_is_written(built) -> None:

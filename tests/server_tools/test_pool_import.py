@@ -131,7 +131,7 @@ def test_an_imported_pool_says_what_it_is(shelf) -> None:
     assert manifest.settings["sizes"] == [40, 40, 40]
     assert [lora["name"] for lora in manifest.settings["loras"]] == ["lora-0", "lora-1", "lora-2"]
     assert manifest.settings["told_apart"] > 0.6
-    assert [text["cluster"] for text in shelf.pool.typical()] == sorted([0, 1, 2] * 5)
+    assert [text["cluster"] for text in shelf.pool.typical()] == sorted([0, 1, 2] * 32)
     assert not any(str(shelf.folder).encode() in path.read_bytes() for path in shelf.pool.path.rglob("*.json"))
 
 
@@ -227,7 +227,7 @@ def test_adding_leaves_the_others_as_they_are(shelf) -> None:
     for field in ("mean", "projection", "prompt_mean", "answer_mean", "ridge"):
         np.testing.assert_array_equal(getattr(new.projection, field), getattr(old.projection, field))
     assert new.typical()[: len(old.typical())] == old.typical()
-    assert [text["cluster"] for text in new.typical()] == sorted([0, 1, 2, 3] * 5)
+    assert [text["cluster"] for text in new.typical()] == sorted([0, 1, 2, 3] * 32)
 
 
 def test_a_grown_pool_is_a_newer_one(shelf) -> None:

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -272,6 +273,30 @@ def test_json(pool, tmp_path) -> None:
     assert np.array(document["similarity"]).shape == np.array(document["indicator_cosines"]).shape == (COUNT, COUNT)
     assert document["settings"] == pool.manifest.settings
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_first_five_typical_texts_are_shown(tmp_path) -> None:
+    texts = [
+        {"cluster": n, "prompt": f"p{n}-{i}", "completion": "c", "position": [1.0, 0, 0, i]}
+        for n in (0, 2)
+        for i in range(8)
+    ]
+    pool = pools.write(tmp_path / "p", typical=texts)
+    shown = [[text["prompt"] for text in adapter["typical"]] for adapter in inspect(pool).to_dict()["adapters"]]
+    assert shown == [[f"p0-{i}" for i in range(5)], [], [f"p2-{i}" for i in range(5)]]
+    page = render(inspect(pool))
+    assert "p2-4" in page
+    assert "p0-5" not in page
+    assert len(pool.typical()) == 16
+
+
+def test_prototypes_are_shown(pool, tmp_path) -> None:
+    other = pools.write(tmp_path / "p", server=pools.prototypes())
+    page = render(inspect(other))
+    assert "outputs of a-server-llm, embedded" in page
+    assert msgspec.to_builtins(inspect(other).to_dict()["prototypes"])["count"] == 6
+    assert "prototypes" not in render(inspect(pool))
+    assert inspect(pool).to_dict()["prototypes"] is None
 
 
 def test_pools_that_cannot_be_inspected(pool, tmp_path) -> None:

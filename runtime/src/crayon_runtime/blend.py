@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from crayon_runtime.backends.onnx_adapter import Tensor
     from crayon_runtime.bundle import Bundle
     from crayon_runtime.manifest import AdapterDtype, BlendedFrom
+    from crayon_runtime.prototypes import Prototypes
 
     Floats = npt.NDArray[np.float32]
     Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]
@@ -179,12 +180,13 @@ def write_adapter_bundle(
     base_fingerprint: str,
     dtype: AdapterDtype = "fp32",
     pool: BlendedFrom | None = None,
+    prototypes: Prototypes | None = None,
     replace: bool = False,
 ) -> Bundle:
     """Write a blend as an adapter bundle, one module at a time; it appears at `out` when it is whole.
 
     Args:
-        dtype: see `write_adapter`.
+        dtype, pool, prototypes: see `write_adapter`.
 
     Raises:
         OutputError: the target exists, or cannot be written.
@@ -197,6 +199,7 @@ def write_adapter_bundle(
         base_fingerprint=base_fingerprint,
         dtype=dtype,
         pool=pool,
+        prototypes=prototypes,
         replace=replace,
     )
 

@@ -26,7 +26,9 @@ from crayon_runtime.customized import (
     ADAPTER,
     DECIMALS,
     EXAMPLES,
+    ROUTING,
     STATE,
+    STATES,
     Settings,
     State,
     check_serial,
@@ -48,6 +50,7 @@ from crayon_runtime.examples import Example, Score, check_examples, score, to_js
 from crayon_runtime.files import atomic_directory
 from crayon_runtime.manifest import AdapterDtype
 from crayon_runtime.pool import Mode, Pool, PoolManifest, write_adapter_bundle
+from crayon_runtime.prototypes import SIZE, read_prototypes
 from crayon_runtime.refine import refine as search
 from crayon_runtime.remote import PoolClient
 from crayon_runtime.sampling import is_integer
@@ -74,6 +77,7 @@ __all__ = [
     "customize",
     "disguise",
     "kept_examples",
+    "preview",
     "read_state",
     "state_folder",
 ]
@@ -108,6 +112,8 @@ class Customization:
     sent_bytes: int
     received_bytes: int
     """Of all bodies that went to a service, and came from it."""
+    prototypes_bytes: int
+    """Of the new adapter's prototypes; 0 if it has none."""
     log_loss_base: float
     log_loss_before: float
     """With the adapter that was in place, if it fits this model; otherwise that of the base."""
@@ -136,6 +142,7 @@ def customize(
     rank: int | None = None,
     dtype: AdapterDtype | None = None,
     rank_limit: int | None = None,
+    prototypes: int = SIZE,
     allow_older: bool = False,
     on_evaluation: Callable[[int], object] = lambda _: None,
 ) -> Customization:
@@ -150,6 +157,7 @@ def customize(
         digits, noise: of `disguise`, applied at the end. A service is sent at most `DECIMALS`, which is also its default.
         blend, rank: see `Pool.blend`; for a local pool.
         dtype, rank_limit: what to ask a service for; None: its default.
+        prototypes: how many of the pool's come with the adapter, at most; see `crayon_runtime.prototypes`.
         allow_older: take a pool from a service that is older than one accepted before.
         on_evaluation: called with 1 after each evaluation of the search.
 
@@ -169,6 +177,7 @@ def customize(
         rank=rank,
         dtype=dtype,
         rank_limit=rank_limit,
+        prototypes=prototypes,
     ).checked(pool)
     work = _Work(
         engine, check_examples(examples), folder or state_folder(_bundle(engine).path), settings, on_evaluation
@@ -187,6 +196,21 @@ def customize(
     check_serial(pool.manifest, work.folder, allow_older=allow_older)
     check_pool(engine, pool.manifest)
     return work.run(pool, base)
+
+
+def preview(engine: Engine, examples: Sequence[Sequence[str]], pool: Pool | PoolClient) -> dict[str, Any]:
+    """What `customize` would send with these examples: the same body, computed in the same way, and sent to nobody.
+
+    Raises:
+        As `customize`, before it sends anything.
+    """
+    settings = Settings().checked(pool)
+    folder = state_folder(_bundle(engine).path)
+    work = _Work(engine, check_examples(examples), folder, settings, lambda _: None)
+    check_pool(engine, pool.manifest)
+    alpha = _alpha(score(engine, work.examples).means, pool.manifest, pool.projection)
+    told = disguise(alpha, digits=settings.digits, signed=pool.manifest.weighting.signed)
+    return work._body(pool, told)
 
 
 def check_pool(engine: Engine, pool: PoolManifest) -> None:
@@ -288,12 +312,14 @@ class _Work:
         with self.part("alpha"):
             alpha = _alpha(base.means, manifest, projection)
         now, exact, refusal = base._replace(log_loss=float("nan")), None, None
+        prototypes_bytes = 0
         try:
             with atomic_directory(folder, replace=True) as new:
                 alpha, exact = self._refined_and_disguised(alpha, pool, new)
                 with self.part("blend") if isinstance(pool, Pool) else nullcontext():
-                    self._make(pool, alpha, new / ADAPTER)
+                    made = self._make(pool, alpha, new / ADAPTER)
                 with self.part("prove"):
+                    prototypes_bytes = _checked_prototypes(made, engine.backend.tap_size)
                     now = score(engine, self.examples, engine.read_adapter(Bundle.open(new / ADAPTER)))
                     _prove(now, base, before, old is not None)
                 self._write_state(new, pool, alpha, now)
@@ -313,6 +339,7 @@ class _Work:
             sent=self._body(pool, alpha),
             sent_bytes=pool.sent_bytes if isinstance(pool, PoolClient) else 0,
             received_bytes=pool.received_bytes if isinstance(pool, PoolClient) else 0,
+            prototypes_bytes=prototypes_bytes,
             log_loss_base=base.log_loss,
             log_loss_before=before,
             log_loss=now.log_loss,
@@ -346,12 +373,25 @@ class _Work:
         if isinstance(pool, PoolClient):
             return pool.adapter(self._body(pool, alpha), out)
         blended = pool.blend(alpha, self.settings.blend, self.settings.rank)
-        origin, base = pool.manifest.origin, pool.manifest.base_fingerprint
-        return write_adapter_bundle(blended, out, name=NAME, base_fingerprint=base, pool=origin, replace=True)
+        picked = pool.prototypes.picked(alpha, self.settings.prototypes) if pool.prototypes else None
+        return write_adapter_bundle(
+            blended,
+            out,
+            name=NAME,
+            base_fingerprint=pool.manifest.base_fingerprint,
+            pool=pool.manifest.origin,
+            prototypes=picked,
+            replace=True,
+        )
 
     def _body(self, pool: Pool | PoolClient, alpha: Floats) -> dict[str, Any]:
         """What a service is sent."""
-        asked = {"dtype": self.settings.dtype, "rank_limit": self.settings.rank_limit}
+        size = self.settings.prototypes
+        asked = {
+            "dtype": self.settings.dtype,
+            "rank_limit": self.settings.rank_limit,
+            "prototypes": size if size != SIZE else None,
+        }
         return {
             "base_fingerprint": pool.manifest.base_fingerprint,
             "pool_version": pool.manifest.version,
@@ -361,6 +401,9 @@ class _Work:
     def _write_state(self, new: Path, pool: Pool | PoolClient, alpha: Floats, now: Score) -> None:
         manifest, newest = pool.manifest, newest_serial(self.folder)
         (new / EXAMPLES).write_bytes(to_jsonl(self.examples))
+        (new / STATES).write_bytes(now.states.to_bytes())
+        if (self.folder / ROUTING).is_file():  # of the same adapter, or it is ignored, and that is said
+            (new / ROUTING).write_bytes((self.folder / ROUTING).read_bytes())
         if isinstance(pool, PoolClient):
             newest = max(newest, manifest.serial)
             if pool.trusted is not None:
@@ -384,11 +427,20 @@ class _Work:
 def _prove(now: Score, base: Score, before: float, customized: bool) -> None:
     if not np.isfinite(now.log_loss):
         raise _Refused("the log-loss of the examples is not a number with it")
+    if not all(np.isfinite(means).all() for means in now.means.values()):
+        raise _Refused("the states of the examples are not numbers with it")
     if _logit_change(now, base) < SMALLEST_CHANGE:
         raise _Refused("it does not change what the model says")
     if now.log_loss > before * (1 + TOLERANCE):
         earlier = "the earlier adapter's" if customized else "the base model's"
         raise _Refused(f"the log-loss of the examples is {now.log_loss:.4f} with it; {earlier} is {before:.4f}")
+
+
+def _checked_prototypes(adapter: Bundle, size: int) -> int:
+    """Bytes of the prototypes that came with an adapter, which are those of its base and pool, and finite."""
+    read_prototypes(adapter, size)
+    info = adapter.as_adapter.prototypes
+    return adapter.file(info.file).stat().st_size if info else 0
 
 
 def _logit_change(now: Score, base: Score) -> float:

@@ -1,10 +1,12 @@
 """What is kept of a customization beside its model: the adapter, the examples that it was made of, and how it was made.
 
-BUNDLE.customized/adapter/          an adapter bundle, for `Engine.set_adapter`
-BUNDLE.customized/examples.jsonl    the examples; they never leave the device
-BUNDLE.customized/state.json        `State`
-BUNDLE.customized/keys.json         those that a service has to sign with, if any were given
-BUNDLE.customized.cache/            what `PoolClient` keeps, and the last `Refusal`; it may be removed
+BUNDLE.customized/adapter/                an adapter bundle, for `Engine.set_adapter`
+BUNDLE.customized/examples.jsonl          the examples; they never leave the device
+BUNDLE.customized/examples.safetensors    what the customized model makes of them, `ExampleStates`; neither do these
+BUNDLE.customized/state.json              `State`
+BUNDLE.customized/routing.json            when to ask the server LLM, if that was calibrated: `crayon_runtime.routing.calibration`
+BUNDLE.customized/keys.json               those that a service has to sign with, if any were given
+BUNDLE.customized.cache/                  what `PoolClient` keeps, and the last `Refusal`; it may be removed
 """
 
 from __future__ import annotations
@@ -20,14 +22,17 @@ from msgspec import Struct
 
 from crayon_runtime.bundle import Bundle
 from crayon_runtime.errors import CrayonError, InvalidInput, ManifestError, ServerError
-from crayon_runtime.examples import Example, check_examples, read_examples
+from crayon_runtime.examples import Example, ExampleStates, check_examples, read_examples
 from crayon_runtime.files import atomic_file
-from crayon_runtime.manifest import AdapterDtype, Serial, Sha256, check_version
+from crayon_runtime.manifest import MOST_PROTOTYPES, AdapterDtype, Serial, Sha256, check_version
 from crayon_runtime.pool import Mode, Pool, PoolManifest
+from crayon_runtime.prototypes import SIZE
 from crayon_runtime.remote import PoolClient
+from crayon_runtime.sampling import is_integer
 from crayon_runtime.signing import KEYS, TrustedKeys, verify_signature
 
-ADAPTER, EXAMPLES, STATE = "adapter", "examples.jsonl", "state.json"
+ADAPTER, EXAMPLES, STATES, STATE = "adapter", "examples.jsonl", "examples.safetensors", "state.json"
+ROUTING = "routing.json"
 
 DECIMALS = 4
 """More of alpha is not sent: a service rounds to as many."""
@@ -45,12 +50,13 @@ class Settings(Struct, frozen=True, kw_only=True):
     rank: int | None = None
     dtype: AdapterDtype | None = None
     rank_limit: int | None = None
+    prototypes: int = SIZE
 
     def checked(self, pool: Pool | PoolClient) -> Settings:
         """These settings as they apply to a pool, with those that do nothing left at their defaults.
 
         Raises:
-            InvalidInput: one is not for such a pool.
+            InvalidInput: one is not for such a pool, or out of range.
         """
         wrong: dict[str, object]
         if isinstance(pool, Pool):
@@ -59,6 +65,10 @@ class Settings(Struct, frozen=True, kw_only=True):
         else:
             wrong = {"refine": self.refine or None, "blend": self.blend, "rank": self.rank}
             where, do = "a service", "customize with a pool on this device"
+        if not is_integer(self.prototypes) or not 0 <= self.prototypes <= MOST_PROTOTYPES:
+            raise InvalidInput(
+                f"prototypes is {self.prototypes!r}; it must be from 0 to {MOST_PROTOTYPES}", where="prototypes"
+            )
         for name, value in wrong.items():
             if value is not None:
                 raise InvalidInput(f"{name} is not for {where}", where=name, do=do)
@@ -192,6 +202,15 @@ def kept_examples(folder: Path) -> list[Example]:
             do="give some with --examples FILE",
         )
     return read_examples(folder / EXAMPLES)
+
+
+def example_states(folder: Path) -> ExampleStates | None:
+    """What the customized model in a folder made of its examples; None if it was customized before such states were kept.
+
+    Raises:
+        IntegrityError: they are damaged.
+    """
+    return ExampleStates.read(folder / STATES) if (folder / STATES).exists() else None
 
 
 def read_state(folder: Path) -> State:

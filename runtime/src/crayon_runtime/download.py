@@ -287,7 +287,7 @@ def _refusal(response: httpx.Response) -> Exception:
     status, where = response.status_code, str(response.url)
     what, do = _said(response)
     if status in _TRANSIENT:
-        wait = _retry_after(response.headers.get("retry-after"))
+        wait = retry_after(response.headers.get("retry-after"))
         later = "try again later" if wait is None else f"try again in {wait:.0f} s"
         return _Cut(f"the service cannot answer now: {what}", wait=wait, do=later)
     if status == 409:
@@ -297,7 +297,7 @@ def _refusal(response: httpx.Response) -> Exception:
     if status in (404, 405):
         return ServerError(f"there is no such service here: {what}", where=where, do="check the address")
     if response.is_redirect:
-        to = _plain(response.headers.get("location", "elsewhere"))
+        to = plain(response.headers.get("location", "elsewhere"))
         return ServerError(f"the service redirects to {to}", where=where, do="give that address, if you trust it")
     return ServerError(f"the service refuses: {what}", where=where, do=do)
 
@@ -312,17 +312,17 @@ def _said(response: httpx.Response) -> tuple[str, str | None]:
     try:
         error = json.loads(body[:_LARGEST_ERROR])["error"]
         what, do = error["what"], error["do"]
-        return f"{_plain(what)} ({response.status_code})", _plain(do) if do else None
+        return f"{plain(what)} ({response.status_code})", plain(do) if do else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return f"HTTP status {response.status_code}", None
 
 
-def _plain(text: str) -> str:
-    """For a terminal: what a server says must not steer it."""
+def plain(text: str) -> str:
+    """What a server says, short and without what would steer a terminal."""
     return "".join(c for c in str(text)[:300] if c.isprintable())
 
 
-def _retry_after(value: str | None) -> float | None:
+def retry_after(value: str | None) -> float | None:
     """Seconds, of either form of the header."""
     if value is None:
         return None

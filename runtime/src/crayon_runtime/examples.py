@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import numpy as np
 
-from crayon_runtime.errors import ContextOverflow, InvalidInput
+from crayon_runtime.errors import ContextOverflow, IntegrityError, InvalidInput
+from crayon_runtime.mapped import read_mapped
 from crayon_runtime.request import prompt_ids
 from crayon_runtime.session import common_prefix
 
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 
 
 PARTS: tuple[Part, ...] = ("prompt", "answer", "all")
+
+LARGEST_STATES = 256 << 20
+"""Bytes: 8000 examples of a 7B model."""
+
+_AGAIN = "customize again"
 
 
 class Example(NamedTuple):
@@ -45,6 +52,51 @@ class Score(NamedTuple):
     """float32 [n, V]: after each prompt."""
     means: dict[Part, Floats]
     """float32 [n, D] by part: the tapped hidden states, as `Engine.embed` gives them."""
+    log_probability: Floats
+    """float32 [n]: mean over the tokens of each answer, eos included, in nats."""
+
+    @property
+    def states(self) -> ExampleStates:
+        """What of it is kept."""
+        return ExampleStates(self.means["prompt"], self.means["answer"], self.log_probability)
+
+
+@dataclass(frozen=True)
+class ExampleStates:
+    """What a customized model made of the n examples that it was customized with: for it to tell whether a query is like them.
+
+    Attributes:
+        prompt, answer: float32 [n, D]: mean tapped states over the tokens of the prompt, and of the answer, with the adapter.
+        log_probability: float32 [n]: mean over the tokens of each answer, eos included, in nats.
+    """
+
+    prompt: Floats
+    answer: Floats
+    log_probability: Floats
+
+    def to_bytes(self) -> bytes:
+        """As `read` reads them: safetensors, float32."""
+        from safetensors.numpy import save
+
+        return save({name: np.ascontiguousarray(array, np.float32) for name, array in vars(self).items()})
+
+    @classmethod
+    def read(cls, path: Path) -> ExampleStates:
+        """Read a file of them, at most `LARGEST_STATES` bytes.
+
+        Raises:
+            IntegrityError: it cannot be read, is larger, or holds something else, NaN or infinity.
+        """
+        size = path.stat().st_size if path.is_file() else 0
+        if size > LARGEST_STATES:
+            raise IntegrityError(f"the examples' states have {size} bytes, which is too much", where=path, do=_AGAIN)
+        found = {name: np.array(tensor) for name, tensor in read_mapped(path)[0].items()}
+        n, d = found["prompt"].shape if "prompt" in found and found["prompt"].ndim == 2 else (0, 0)
+        shapes = {"prompt": (n, d), "answer": (n, d), "log_probability": (n,)}
+        floats = all(array.dtype == np.float32 and np.isfinite(array).all() for array in found.values())
+        if not n or not d or not floats or {name: array.shape for name, array in found.items()} != shapes:
+            raise IntegrityError("these are no states of examples", where=path, do=_AGAIN)
+        return cls(**found)
 
 
 def read_examples(path: str | os.PathLike[str]) -> list[Example]:
@@ -102,6 +154,7 @@ def answer_log_loss(engine: Engine, examples: Sequence[Sequence[str]], adapter: 
 def score(engine: Engine, examples: Sequence[Sequence[str]], adapter: Adapter | None = None) -> Score:
     """As `answer_log_loss`; the tokens of one answer continue its prompt in the KV cache, one call each."""
     total, count = 0.0, 0
+    likely = np.empty(len(examples), np.float32)
     first = np.empty((len(examples), engine.backend.vocab_size), np.float32)
     means: dict[Part, Floats] = {part: np.empty((len(examples), engine.backend.tap_size), np.float32) for part in PARTS}
     with engine.session() as session:
@@ -110,16 +163,16 @@ def score(engine: Engine, examples: Sequence[Sequence[str]], adapter: Adapter | 
             assert step is not None  # nothing cancels it
             first[i], head_sum = step.logits, session.tap_sum
             targets = [*answer, *engine.tokenizer.info.eos[:1]]
-            total += _negative_log_probability(step.logits, targets[0])
+            own = _negative_log_probability(step.logits, targets[0])
             for token, target in zip_longest(answer, targets[1:]):
                 logits = session.decode(token).logits
-                total += _negative_log_probability(logits, target) if target is not None else 0.0
-            count += len(targets)
+                own += _negative_log_probability(logits, target) if target is not None else 0.0
+            total, count, likely[i] = total + own, count + len(targets), -own / len(targets)
             both = session.tap_sum
             means["prompt"][i] = head_sum / len(head)
             means["answer"][i] = (both - head_sum) / len(answer)
             means["all"][i] = both / session.length
-    return Score(total / count, first, means)
+    return Score(total / count, first, means, likely)
 
 
 def _token_ids(engine: Engine, examples: Sequence[Example]) -> list[tuple[Ids, list[int]]]:

@@ -32,8 +32,12 @@ PoolVersion = Annotated[
     str, Meta(pattern="^[0-9a-f]{16}$", description="of a pool's files and choices; tells builds apart")
 ]
 Serial = Annotated[int, Meta(ge=0, description="of a pool's build, larger for a newer one: Unix time, unless chosen")]
+ServerModel = Annotated[str, Meta(min_length=1, max_length=200, description="the server LLM's name, for people")]
 TokenId = Annotated[int, Meta(ge=0)]
 AdapterDtype = Literal["fp32", "fp16", "int8"]
+
+MOST_PROTOTYPES = 1024
+"""Of an adapter."""
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a block that an adapter may target, in the order of computation."""
@@ -211,6 +215,16 @@ class BlendedFrom(Struct, frozen=True):
     serial: Serial
 
 
+class AdapterPrototypes(Struct, frozen=True):
+    """Embeddings of the server LLM's outputs that travel with an adapter; see `crayon_runtime.prototypes`."""
+
+    file: Annotated[
+        Path, Meta(description="safetensors: states [count, D], float16, and mean [D], float32; D is the tap's size")
+    ]
+    count: Annotated[int, Meta(ge=1, le=MOST_PROTOTYPES)]
+    model: ServerModel
+
+
 class AdapterManifest(Struct, frozen=True, kw_only=True, tag_field="kind", tag="adapter"):
     schema_version: str
     name: Name
@@ -219,6 +233,7 @@ class AdapterManifest(Struct, frozen=True, kw_only=True, tag_field="kind", tag="
     targets: list[AdapterTarget]
     variants: AdapterVariants
     pool: Annotated[BlendedFrom | None, Meta(description="null: it was not blended")] = None
+    prototypes: Annotated[AdapterPrototypes | None, Meta(description="null: none came along")] = None
     files: list[File]
 
 
@@ -327,6 +342,7 @@ def _referenced(manifest: Manifest) -> set[str]:
     if isinstance(manifest, AdapterManifest):
         adapter = manifest.variants.onnx
         found += [adapter.file] if isinstance(adapter, OnnxAdapterVariant) else []
+        found += [manifest.prototypes.file] if manifest.prototypes else []
     else:
         v = manifest.variants
         if isinstance(v.onnx, OnnxVariant):

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     Mapped = dict[str, npt.NDArray[Any]]
 
-_DTYPES = {"F32": "<f4", "F16": "<f2"}
+_DTYPES = {"F32": "<f4", "F16": "<f2", "I32": "<i4"}
 _LARGEST_HEADER = 100_000_000
 """Bytes, as in the safetensors library."""
 
 
 def read_mapped(path: Path) -> tuple[Mapped, dict[str, str]]:
-    """The tensors of a file by name, read-only float32 or float16, and its metadata.
+    """The tensors of a file by name, read-only float32, float16 or int32, and its metadata.
 
     Raises:
         IntegrityError: the file cannot be read, is no safetensors file, or holds another dtype.
@@ -49,7 +49,7 @@ def _header(data: npt.NDArray[np.uint8]) -> dict[str, Any]:
 
 def _view(data: npt.NDArray[np.uint8], name: str, entry: dict[str, Any]) -> npt.NDArray[Any]:
     if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"{name} is {entry['dtype']}; float32 and float16 can be read")
+        raise ValueError(f"{name} is {entry['dtype']}; float32, float16 and int32 can be read")
     dtype, shape, (start, end) = np.dtype(_DTYPES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
     if not 0 <= start <= end <= len(data) or end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} of shape {shape} does not fit bytes {start} to {end}")

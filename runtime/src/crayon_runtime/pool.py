@@ -4,6 +4,8 @@ POOL/pool.json                 `PoolManifest`
 POOL/projection.safetensors    float32, the fields of `affinity.Projection`
 POOL/adapters/000/ ...         PEFT folders: adapter_config.json, adapter_model.safetensors
 POOL/typical.jsonl             optional: typical texts of each cluster, {"cluster", "prompt", "completion", "position"?}
+POOL/prototypes.safetensors    optional: what the server LLM says to such texts, embedded; see `crayon_runtime.prototypes`
+POOL/prototypes.jsonl          with it: {"cluster", "prompt", "output"} of each prototype, for people
 """
 
 from __future__ import annotations
@@ -37,11 +39,14 @@ from crayon_runtime.manifest import (
     Name,
     PoolVersion,
     Serial,
+    ServerModel,
     Sha256,
     check_relative,
     check_version,
 )
 from crayon_runtime.mapped import read_mapped
+from crayon_runtime.prototypes import FILE as PROTOTYPES
+from crayon_runtime.prototypes import ClusteredPrototypes, read_clustered
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -55,6 +60,7 @@ __all__ = [
     "Mode",
     "Pool",
     "PoolManifest",
+    "PoolPrototypes",
     "TypicalText",
     "adapter_folder",
     "pool_name",
@@ -66,6 +72,7 @@ __all__ = [
 MANIFEST = "pool.json"
 PROJECTION = "projection.safetensors"
 TYPICAL = "typical.jsonl"
+OUTPUTS = "prototypes.jsonl"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
@@ -88,6 +95,16 @@ class TypicalText(TypedDict):
     """z of the text at unit length, [k]: among the indicators."""
 
 
+class PoolPrototypes(Struct, frozen=True):
+    """What is in prototypes.safetensors."""
+
+    model: ServerModel
+    count: Annotated[int, Meta(ge=1, description="T, of all clusters together")]
+    part: Annotated[Literal["answer"], Meta(description="what of a text is embedded, by the un-customized base")] = (
+        "answer"
+    )
+
+
 class PoolManifest(Struct, frozen=True, kw_only=True, tag_field="kind", tag="pool"):
     """pool.json."""
 
@@ -107,6 +124,7 @@ class PoolManifest(Struct, frozen=True, kw_only=True, tag_field="kind", tag="poo
     blend: Annotated[Mode, Meta(description="how the pool was trained to be blended")]
     grouped: Annotated[bool, Meta(description="whether the data said which texts belong together")]
     settings: Annotated[dict[str, Any], Meta(description="every choice and seed of the build")]
+    prototypes: Annotated[PoolPrototypes | None, Meta(description="null: the pool has none")] = None
     files: list[File] = []
 
     @property
@@ -133,13 +151,14 @@ class Pool:
         Raises:
             ManifestError: there is no pool, or its manifest contradicts itself.
             IntegrityError: a file is missing, damaged or of another build.
-            AdapterError: an adapter is of another base, or holds NaN or infinity.
+            AdapterError: an adapter is of another base, or holds NaN or infinity; or the prototypes are of another base or size.
         """
         path = Path(path).resolve()
         manifest = _read_manifest(path)
         for file in manifest.files:
             _check_file(path, file, verify)
         pool = cls(path, manifest, read_projection(path / PROJECTION, manifest))
+        _ = pool.prototypes
         for n in range(manifest.adapters):
             lora = pool.lora(n)
             if verify:
@@ -192,6 +211,20 @@ class Pool:
         return texts
 
     @cached_property
+    def prototypes(self) -> ClusteredPrototypes | None:
+        """What the server LLM says to typical texts; None if the pool does not know. The states stay in their file."""
+        if (info := self.manifest.prototypes) is None:
+            return None
+        return read_clustered(
+            self.path / PROTOTYPES,
+            self.manifest.base_fingerprint,
+            model=info.model,
+            count=info.count,
+            adapters=self.manifest.adapters,
+            size=len(self.projection.mean),
+        )
+
+    @cached_property
     def _loras(self) -> list[dict[str, Pair]]:
         return [_read_adapter(self.path / adapter_folder(n), self.manifest) for n in range(self.manifest.adapters)]
 
@@ -234,13 +267,14 @@ def write_pool(
     adapters: Iterable[Path | tuple[Mapping[str, Any] | None, Mapping[str, Pair]]],
     *,
     typical: Iterable[Mapping[str, Any]] = (),
+    prototypes: ClusteredPrototypes | None = None,
     further: Mapping[str, bytes] = {},
     replace: bool = False,
 ) -> Pool:
     """Write a pool; it appears at `out` when it is whole.
 
     Args:
-        manifest: what the pool says of itself; `version` and `files` are filled in, and `serial` if it is 0.
+        manifest: what the pool says of itself; `version`, `prototypes` and `files` are filled in, and `serial` if it is 0.
         adapters: for each adapter what its adapter_config.json holds (None: a plain PEFT LoRA of the manifest's rank and scale), and
             by module A [r, in] and B [out, r], float32 or float16, without the scale. Or a folder of another pool's adapter, which is
             copied. Taken one at a time.
@@ -251,6 +285,7 @@ def write_pool(
     Raises:
         OutputError: the target exists, is something else, or cannot be written.
         BundleError, AdapterError: the arrays are not what the manifest says.
+        InvalidInput: a prototype holds NaN, or what float16 cannot.
     """
     from safetensors.numpy import save_file
 
@@ -279,13 +314,19 @@ def write_pool(
             save_file(_peft_tensors(tensors), place / WEIGHTS, metadata={BASE_FINGERPRINT: manifest.base_fingerprint})
         if lines := [json.dumps(text, ensure_ascii=False) + "\n" for text in typical]:
             (folder / TYPICAL).write_text("".join(lines), encoding="utf-8")
+        info = None
+        if prototypes is not None:
+            (folder / PROTOTYPES).write_bytes(prototypes.to_bytes(manifest.base_fingerprint))
+            info = PoolPrototypes(prototypes.model, len(prototypes.states))
         for name, content in further.items():
             (folder / name).write_bytes(content)
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         for path in paths:
             path.chmod(0o644)  # safetensors writes for its owner alone
         files = [File(p.relative_to(folder).as_posix(), p.stat().st_size, sha256_file(p)) for p in paths]
-        manifest = msgspec.structs.replace(manifest, serial=manifest.serial or int(time.time()), files=files)
+        manifest = msgspec.structs.replace(
+            manifest, serial=manifest.serial or int(time.time()), prototypes=info, files=files
+        )
         manifest = msgspec.structs.replace(manifest, version=pool_version(manifest))
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
         Pool.open(folder)
@@ -354,6 +395,7 @@ def parse_manifest(document: bytes, *, where: str) -> PoolManifest:
     wanted = {
         PROJECTION,
         *(f"{adapter_folder(n)}/{name}" for n in range(manifest.adapters) for name in (CONFIG, WEIGHTS)),
+        *([PROTOTYPES] if manifest.prototypes else []),
     }
     if len(set(paths)) != len(paths) or not wanted <= set(paths):
         missing = ", ".join(sorted(wanted - set(paths))[:3])
@@ -415,7 +457,13 @@ def _read_adapter(folder: Path, manifest: PoolManifest) -> dict[str, Pair]:
     pairs: dict[str, Pair] = {}
     for module in manifest.targets:
         a, b = (tensors.pop(f"base_model.model.{module}.lora_{side}.weight", None) for side in "AB")
-        if a is None or b is None or not a.ndim == b.ndim == 2 or not a.shape[0] == b.shape[1] == manifest.rank:
+        if (
+            a is None
+            or b is None
+            or not a.dtype.kind == b.dtype.kind == "f"
+            or not a.ndim == b.ndim == 2
+            or not a.shape[0] == b.shape[1] == manifest.rank
+        ):
             raise BundleError(
                 f"{module} is not adapted with rank {manifest.rank}", where=path, do="build the pool again"
             )

@@ -11,27 +11,28 @@ from __future__ import annotations
 
 import hashlib
 import io
-import ipaddress
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
 
+from crayon_runtime.address import checked_key, checked_url
 from crayon_runtime.bundle import Bundle, install
 from crayon_runtime.bundle.archive import Archive
 from crayon_runtime.bundle.checks import read_source
 from crayon_runtime.bundle.source import read_signature
 from crayon_runtime.download import Connection
-from crayon_runtime.errors import AdapterError, IntegrityError, InvalidInput, ManifestError, ServerError, SignatureError
+from crayon_runtime.errors import AdapterError, IntegrityError, ManifestError, ServerError, SignatureError
 from crayon_runtime.files import CHUNK, atomic_file, sha256_file
 from crayon_runtime.manifest import AdapterManifest, BlendedFrom, Sha256
 from crayon_runtime.pool import PROJECTION, WEIGHTS, PoolManifest, parse_manifest, read_projection
+from crayon_runtime.prototypes import FILE as PROTOTYPES
+from crayon_runtime.prototypes import SIZE
 from crayon_runtime.signing import TrustedKeys, verify_document
 
 if TYPE_CHECKING:
@@ -80,12 +81,16 @@ class PoolClient:
         on_send: Callable[[bytes], object] = lambda _: None,
         on_bytes: Callable[[int], object] = lambda _: None,
     ) -> None:
-        self.url, direct = _checked_url(url, plain_http)
+        self.url, direct = checked_url(
+            url,
+            plain_http=plain_http,
+            exposed="alpha is a fingerprint of the user, and everybody on the way could read it",
+        )
         self.trusted = trusted
         self.seconds: dict[str, float] = {}
         """What fetching took, by part: pool, request, download, verify."""
         self._connection = Connection(
-            self.url, api_key=_checked_key(api_key), timeout=timeout, deadline=deadline, direct=direct
+            self.url, api_key=checked_key(api_key), timeout=timeout, deadline=deadline, direct=direct
         )
         self._temporary = tempfile.TemporaryDirectory(prefix="crayon-") if cache is None else None
         self._cache = Path(self._temporary.name if self._temporary else cache or "")
@@ -143,7 +148,10 @@ class PoolClient:
             BundleError, AdapterError: it is damaged, or was not made for this base of this pool.
             OutputError: the disk is full.
         """
-        largest = _largest_adapter(self.manifest)
+        prototypes = min(
+            body.get("prototypes", SIZE), self.manifest.prototypes.count if self.manifest.prototypes else 0
+        )
+        largest = _largest_adapter(self.manifest) + (_prototypes_bytes(self.manifest) if prototypes else 0)
         content = msgspec.json.encode(body)
         self._on_send(content)
         archive = out.with_name(f"{out.name}.crayon")
@@ -162,7 +170,7 @@ class PoolClient:
             self.seconds["request"] = answered - started
             self.seconds["download"] = time.perf_counter() - answered
             with self._part("verify"):
-                self._check(archive, largest)
+                self._check(archive, largest, prototypes)
                 return install(archive, out)
         finally:
             archive.unlink(missing_ok=True)
@@ -262,7 +270,7 @@ class PoolClient:
         whole = hashlib.sha256(kept.document).hexdigest() == kept.sha256
         return kept if whole and kept.url == self.url else None
 
-    def _check(self, archive: Path, largest: int) -> None:
+    def _check(self, archive: Path, largest: int, prototypes: int) -> None:
         """Refuse an archive that is not an adapter of this pool, before anything of it is unpacked."""
         with Archive(archive) as source:
             document, manifest = read_source(source)
@@ -283,6 +291,11 @@ class PoolClient:
                 f"the service sent an adapter of {_pool_text(manifest.pool)}, not of {_pool_text(self.manifest.origin)}",
                 where=self.url,
                 do="try again; the service may just have changed its pool",
+            )
+        if manifest.prototypes is not None and manifest.prototypes.count > prototypes:
+            raise AdapterError(
+                f"the service sent {manifest.prototypes.count} prototypes; {prototypes} could be asked for",
+                where=self.url,
             )
         if sum(file.size for file in manifest.files) > largest:
             raise IntegrityError(f"the adapter unpacks to more than {largest} bytes", where=self.url)
@@ -309,47 +322,16 @@ def _sha256(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _checked_url(url: str, plain_http: bool) -> tuple[str, bool]:
-    """The address without its last slash, and whether it is plain http to this machine."""
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname or "", parts.port
-    except ValueError as e:
-        raise InvalidInput(f"this is not an address: {e}", where=url) from None
-    if parts.scheme not in ("http", "https") or not host or not url.isascii() or not url.isprintable() or " " in url:
-        raise InvalidInput("this is not the address of a service", where=url, do="give one like https://host:8000")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise InvalidInput(
-            "the address has a user, a query or a fragment", where=parts.hostname, do="give a key with --api-key-file"
-        )
-    direct = parts.scheme == "http" and _is_loopback(host)
-    if parts.scheme == "http" and not direct and not plain_http:
-        raise InvalidInput(
-            "alpha is a fingerprint of the user, and everybody on the way could read it",
-            where=url,
-            do="use https, or allow http with --plain-http where the network is your own",
-        )
-    return url.rstrip("/"), direct
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _checked_key(key: str | None) -> str | None:
-    if key is not None and (not key.isascii() or not key.isprintable() or not key.strip()):
-        raise InvalidInput("the API key must be one line of ASCII", where="api key")
-    return key
-
-
 def _largest_adapter(manifest: PoolManifest) -> int:
     """Bytes that an adapter of a pool can have: in float32, while the pool may be float16; of N ranks, if it is concatenated."""
     largest = max(file.size for file in manifest.files if file.path.endswith(f"/{WEIGHTS}"))
     ranks = manifest.adapters if manifest.blend == "concat" else 1
     return min(2 * largest * ranks, _LARGEST_ADAPTER) + _SLACK
+
+
+def _prototypes_bytes(manifest: PoolManifest) -> int:
+    """That the prototypes of an adapter can have: a pool has no fewer."""
+    return next(file.size for file in manifest.files if file.path == PROTOTYPES)
 
 
 def _pool_text(pool: BlendedFrom | None) -> str:

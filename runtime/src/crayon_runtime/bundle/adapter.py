@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from crayon_runtime.manifest import (
     SCHEMA_VERSION,
     AdapterDtype,
     AdapterManifest,
+    AdapterPrototypes,
     AdapterTarget,
     AdapterVariants,
     BlendedFrom,
@@ -26,9 +28,11 @@ from crayon_runtime.manifest import (
     OnnxAdapterVariant,
     to_json,
 )
+from crayon_runtime.prototypes import FILE as PROTOTYPES
 
 if TYPE_CHECKING:
     from crayon_runtime.backends.onnx_adapter import Tensor
+    from crayon_runtime.prototypes import Prototypes
 
 _FILE = "adapter.onnx_adapter"
 _A = ".lora_A.weight"
@@ -42,6 +46,7 @@ def write_adapter(
     base_fingerprint: str,
     dtype: AdapterDtype = "fp32",
     pool: BlendedFrom | None = None,
+    prototypes: Prototypes | None = None,
     replace: bool = False,
 ) -> Bundle:
     """Write an adapter bundle that fits one base; it appears at `out` when it is whole.
@@ -50,15 +55,19 @@ def write_adapter(
         tensors: for each target `MODULE.lora_A.weight` [in, r] and `MODULE.lora_B.weight` [r, out], with alpha/r in B.
         dtype: what the tensors are stored in. onnxruntime-genai takes fp32 alone.
         pool: that it was blended from.
+        prototypes: that travel with it; None: none do.
 
     Raises:
         OutputError: the target exists, or cannot be written.
         AdapterError: a tensor is not what its shape says, holds what the dtype cannot, or there is more than an adapter file holds.
+        InvalidInput: a prototype holds NaN, or what float16 cannot.
     """
-    manifest = _manifest(tensors, name, base_fingerprint, dtype, pool)
+    manifest = _manifest(tensors, name, base_fingerprint, dtype, pool, prototypes)
     with BundleWriter(out, replace=replace) as writer:
         with writer.open(_FILE) as file:
             write_onnx_adapter(file, tensors, dtype)
+        if prototypes is not None:
+            writer.add_bytes(PROTOTYPES, prototypes.to_bytes(base_fingerprint, pool.version if pool else None))
         writer.finish(manifest)
     return Bundle.open(out)
 
@@ -71,6 +80,7 @@ def write_adapter_archive(
     base_fingerprint: str,
     dtype: AdapterDtype = "fp32",
     pool: BlendedFrom | None = None,
+    prototypes: Prototypes | None = None,
     sign: Callable[[bytes], bytes] | None = None,
 ) -> None:
     """Write what packing that bundle would give, in place of an older file, without making the bundle.
@@ -79,22 +89,29 @@ def write_adapter_archive(
         sign: makes a signature.json of a manifest; None: the bundle is not signed.
 
     Raises:
-        OutputError, AdapterError: see `write_adapter`.
+        OutputError, AdapterError, InvalidInput: see `write_adapter`.
     """
     with atomic_file(archive) as out, tempfile.TemporaryFile(dir=archive.parent) as scratch:
         content = HashedFile(scratch)
         write_onnx_adapter(content, tensors, dtype)
-        file = File(_FILE, content.tell(), content.sha256)
-        document = to_json(
-            msgspec.structs.replace(_manifest(tensors, name, base_fingerprint, dtype, pool), files=[file])
-        )
+        adapter = File(_FILE, content.tell(), content.sha256)
         scratch.seek(0)
-        chunks = iter(lambda: scratch.read(CHUNK), b"")
-        write_archive(out, document, sign(document) if sign else None, [(file, chunks)])
+        files = [(adapter, iter(lambda: scratch.read(CHUNK), b""))]
+        if prototypes is not None:
+            saved = prototypes.to_bytes(base_fingerprint, pool.version if pool else None)
+            files.append((File(PROTOTYPES, len(saved), hashlib.sha256(saved).hexdigest()), iter([saved])))
+        manifest = _manifest(tensors, name, base_fingerprint, dtype, pool, prototypes)
+        document = to_json(msgspec.structs.replace(manifest, files=[file for file, _ in files]))
+        write_archive(out, document, sign(document) if sign else None, files)
 
 
 def _manifest(
-    tensors: Mapping[str, Tensor], name: str, base_fingerprint: str, dtype: AdapterDtype, pool: BlendedFrom | None
+    tensors: Mapping[str, Tensor],
+    name: str,
+    base_fingerprint: str,
+    dtype: AdapterDtype,
+    pool: BlendedFrom | None,
+    prototypes: Prototypes | None,
 ) -> AdapterManifest:
     ranks = {key.removesuffix(_A): shape[1] for key, (shape, _) in tensors.items() if key.endswith(_A)}
     return AdapterManifest(
@@ -105,5 +122,6 @@ def _manifest(
         targets=[AdapterTarget(module, rank) for module, rank in ranks.items()],
         variants=AdapterVariants(onnx=OnnxAdapterVariant(_FILE, dtype)),
         pool=pool,
+        prototypes=AdapterPrototypes(PROTOTYPES, len(prototypes.states), prototypes.model) if prototypes else None,
         files=[],
     )

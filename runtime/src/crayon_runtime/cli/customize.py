@@ -12,6 +12,8 @@ import msgspec
 
 from crayon_runtime.cli.common import PATH, json_option, note, print_json, print_table, print_text, progress, size_text
 from crayon_runtime.errors import InvalidInput
+from crayon_runtime.manifest import MOST_PROTOTYPES
+from crayon_runtime.prototypes import SIZE
 
 if TYPE_CHECKING:
     from crayon_runtime.customize import Customization
@@ -32,6 +34,13 @@ if TYPE_CHECKING:
 @click.option("--allow-older", is_flag=True, help="Accept an older pool than before from the service.")
 @click.option("--dtype", type=click.Choice(["fp16", "fp32", "int8"]), help="Of the adapter to ask the service for.")
 @click.option("--rank-limit", type=click.IntRange(min=1), help="The largest rank to ask the service for.")
+@click.option(
+    "--prototypes",
+    type=click.IntRange(0, MOST_PROTOTYPES),
+    default=SIZE,
+    show_default=True,
+    help="Of the pool's prototypes, how many come with the adapter, to tell when to ask the server LLM.",
+)
 @click.option("--refine", is_flag=True, help="Search alpha on the examples, without gradients; with --pool.")
 @click.option("--refine-evaluations", type=click.IntRange(min=1), default=60, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of that search.")
@@ -80,7 +89,7 @@ def customize(
         opened: Pool | PoolClient
         if server is not None:
             opened = stack.enter_context(
-                _client(server, folder, keys, unsigned=unsigned, api_key_file=api_key_file, plain_http=plain_http)
+                client(server, folder, keys, unsigned=unsigned, api_key_file=api_key_file, plain_http=plain_http)
             )
             customized.check_serial(opened.manifest, folder, allow_older=allow_older)
         else:
@@ -125,9 +134,14 @@ def _local(pool: Path | None, *for_a_service: object) -> Pool:
     return Pool.open(pool, verify=True)
 
 
-def _client(
+def client(
     server: str, folder: Path, keys: Path | None, *, unsigned: bool, api_key_file: Path | None, plain_http: bool
 ) -> PoolClient:
+    """A service that is trusted as was said.
+
+    Raises:
+        InvalidInput: nobody said whose signatures to trust, or the address or the key cannot be used.
+    """
     from crayon_runtime.customized import cache_folder, pinned_keys
     from crayon_runtime.remote import PoolClient
     from crayon_runtime.signing import TrustedKeys
@@ -146,14 +160,15 @@ def _client(
     return PoolClient(
         server,
         trusted=trusted,
-        api_key=_read_key(api_key_file),
+        api_key=read_key(api_key_file),
         cache=cache_folder(folder),
         plain_http=plain_http,
         on_send=_announce,
     )
 
 
-def _read_key(path: Path | None) -> str | None:
+def read_key(path: Path | None) -> str | None:
+    """The API key in a file; None without one. Raises InvalidInput if it cannot be read."""
     if path is None:
         return None
     try:
@@ -219,6 +234,8 @@ def _show(bundle: Path, result: Customization, *, sent: bool) -> None:
     if result.log_loss_exact is not None:
         rows.append(("without noise and rounding", result.log_loss_exact))
     print_table(["log-loss of the examples", "nats per token"], [[name, f"{loss:.4f}"] for name, loss in rows])
+    if result.prototypes_bytes:
+        print_text(f"its prototypes, which tell when to ask the server LLM: {size_text(result.prototypes_bytes)}")
     if result.installed:
         print_text(f"customized: {result.reason}\ncrayon run {bundle} --adapter {result.adapter} PROMPT")
     else:

@@ -1,4 +1,4 @@
-"""crayon pool build, import, add and inspect; crayon blend."""
+"""crayon pool build, import, add, prototypes and inspect; crayon blend."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ from crayon_runtime.cli.common import (
 from crayon_runtime.errors import InvalidInput
 from crayon_server.cli import quiet
 from crayon_server.pool.build import TEMPERATURE
+from crayon_server.pool.prototypes import PER_CLUSTER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from accelerate import Accelerator
 
     from crayon_runtime.pool import Mode
     from crayon_server.pool.imported import Source
+    from crayon_server.pool.prototypes import Made
 
 TEXTS = "texts.jsonl"
 """In the work folder."""
@@ -319,6 +321,156 @@ def add(
             f"LoRA {added['adapter']}; its texts lie nearest to those of LoRA {nearest['adapter']}"
             f" (cosine {nearest['cosine']:.2f})\nversion {manifest.version}, serial {manifest.serial}\n{out or pool_dir}"
         )
+
+
+@pool.command()
+@click.argument("pool_dir", metavar="POOL", type=PATH)
+@click.option(
+    "--upstream",
+    metavar="URL|DIR|BUNDLE",
+    required=True,
+    help="The server LLM: an OpenAI-compatible endpoint, a Hugging Face folder, or a bundle.",
+)
+@click.option("--upstream-model", help="Its name at the endpoint.  [default: the first that it lists]")
+@click.option("--upstream-key-file", type=PATH, help="A file with the key that the endpoint asks for.")
+@click.option(
+    "--plain-http", is_flag=True, help="Allow http to another machine: everybody on the way can read the inputs."
+)
+@click.option("--model", "model_dir", type=PATH, help="The pool's base, a Hugging Face folder, to embed with.")
+@click.option("--embed-with", type=PATH, help="Or an exported bundle of it: embed as devices do.")
+@click.option("--data", help="Inputs, in any form that `pool build` reads.  [default: the pool's typical texts]")
+@click.option("--per-cluster", type=click.IntRange(min=1), default=PER_CLUSTER, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Of an output.")
+@click.option("--concurrency", type=click.IntRange(1, 256), default=4, show_default=True, help="Requests at once.")
+@click.option("--out", type=PATH, help="The pool to write.  [default: POOL itself, replaced as a whole]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--force", is_flag=True, help="Replace the pool at --out.")
+@json_option
+def prototypes(
+    pool_dir: Path,
+    upstream: str,
+    upstream_model: str | None,
+    upstream_key_file: Path | None,
+    plain_http: bool,
+    model_dir: Path | None,
+    embed_with: Path | None,
+    data: str | None,
+    per_cluster: int,
+    max_new_tokens: int,
+    concurrency: int,
+    out: Path | None,
+    threads: int | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Ask the server LLM what it says to typical texts, for devices to tell when to ask it.
+
+    Outputs are kept in POOL.prototypes.jsonl until the pool is written: the same command goes on where it was stopped.
+    """
+    from crayon_runtime.pool import Pool
+    from crayon_server import training
+    from crayon_server.pool import prototypes as library
+    from crayon_server.pool.build import check_out
+    from crayon_server.pool.data import read_texts
+
+    if (model_dir is None) == (embed_with is None):
+        raise click.UsageError("give either --model or --embed-with")
+    opened = Pool.open(pool_dir, verify=True)
+    out = out or opened.path
+    check_out(out, replace=force or out == opened.path)
+    with quiet(), training.threads(threads), ExitStack() as stack:
+        embedder: library.Embedder
+        if embed_with is not None:
+            engine = stack.enter_context(library.open_engine(embed_with, opened, threads))
+            embedder = library.BundleEmbedder(engine)
+        else:
+            assert model_dir is not None
+            embedder = library.ModelEmbedder(model_dir, opened)
+        if data is None:
+            inputs = library.typical_inputs(opened, per_cluster)
+        else:
+            inputs = library.inputs_of(opened, read_texts(data)[0], embedder, per_cluster)
+        name, answer = stack.enter_context(
+            _server(upstream, upstream_model, upstream_key_file, plain_http, max_new_tokens, concurrency)
+        )
+        said = library.Said(opened.path.with_name(f"{opened.path.name}.prototypes.jsonl"), name, max_new_tokens)
+        prompts = len({text.prompt for text in inputs})
+        with progress("asking the server LLM", prompts, unit="inputs") as on_output:
+            outputs = library.collect(inputs, said, answer, on_output)
+        with progress("embedding", len(inputs), unit="outputs") as on_texts:
+            made = library.add_prototypes(
+                opened,
+                inputs,
+                outputs,
+                embedder,
+                out,
+                model=name,
+                choices={
+                    "per_cluster": per_cluster,
+                    "max_new_tokens": max_new_tokens,
+                    "embedded_with": "the model" if embed_with is None else "the bundle",
+                    "inputs": "typical texts" if data is None else "other texts",
+                },
+                on_texts=on_texts,
+                replace=force or out == opened.path,
+            )
+        said.path.unlink(missing_ok=True)
+    _show_prototypes(made, out, as_json)
+
+
+@contextmanager
+def _server(
+    upstream: str, model: str | None, key_file: Path | None, plain_http: bool, max_tokens: int, concurrency: int
+) -> Iterator[tuple[str, Callable[[Sequence[str]], Iterator[tuple[str, str]]]]]:
+    """The server LLM's name, and what gives its outputs."""
+    from crayon_runtime.cli.customize import read_key
+    from crayon_server.pool import prototypes as library
+    from crayon_server.upstream import Upstream
+    from crayon_server.upstream.local import serving
+
+    with ExitStack() as stack:
+        url, key, folder = upstream, read_key(key_file), Path(upstream)
+        if "://" not in upstream:
+            if model is not None or key is not None:
+                raise click.UsageError("--upstream-model and --upstream-key-file are for a URL")
+            if not folder.is_file() and not (folder / "manifest.json").is_file():
+                yield folder.resolve().name, lambda prompts: library.ask_model(folder, prompts, max_tokens=max_tokens)
+                return
+            url, key = stack.enter_context(serving(folder, waiting=concurrency))
+        server = stack.enter_context(
+            Upstream(url, model=model, api_key=key, plain_http=plain_http, concurrency=concurrency)
+        )
+        yield (
+            server.model(),
+            lambda prompts: library.ask(server, prompts, max_tokens=max_tokens, concurrency=concurrency),
+        )
+
+
+def _show_prototypes(made: Made, out: Path, as_json: bool) -> None:
+    manifest = made.pool.manifest
+    assert manifest.prototypes is not None
+    if as_json:
+        print_json(
+            {
+                "pool": out,
+                "version": manifest.version,
+                "serial": manifest.serial,
+                "model": manifest.prototypes.model,
+                "count": manifest.prototypes.count,
+                "of_clusters": made.prototypes,
+                "empty": made.empty,
+                "too_long": made.too_long,
+            }
+        )
+        return
+    if made.empty or made.too_long:
+        note(f"left out: {made.empty} empty outputs, and {made.too_long} that the base has no room for")
+    if lacking := [str(n) for n, count in enumerate(made.prototypes) if not count]:
+        note(f"without prototypes: cluster {', '.join(lacking)}")
+    print_text(
+        f"{manifest.prototypes.count} prototypes, outputs of {manifest.prototypes.model}\n"
+        f"version {manifest.version}, serial {manifest.serial}\n{out}"
+    )
 
 
 def _sources(loras: tuple[tuple[Path, str], ...]) -> list[Source]:

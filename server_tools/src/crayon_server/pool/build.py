@@ -61,8 +61,8 @@ TEMPERATURE = 0.2
 """Of the softmax over cosines; chosen on the benchmark's validation users."""
 SAMPLES_OF_A_GROUP = 8
 """How many samples of each group are clustered."""
-TYPICAL_TEXTS = 5
-"""Of each cluster, written beside the pool."""
+TYPICAL_TEXTS = 32
+"""Of each cluster, written beside the pool: what prototypes are made of."""
 LIBRARIES = ("accelerate", "numpy", "scikit-learn", "torch", "transformers")
 """Whose versions are written down."""
 

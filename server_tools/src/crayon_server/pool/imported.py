@@ -30,6 +30,7 @@ from crayon_runtime.pool import (
     pool_name,
     write_pool,
 )
+from crayon_runtime.prototypes import FILE as PROTOTYPES
 from crayon_server import training
 from crayon_server.pool import indicators
 from crayon_server.pool.build import DIMENSIONS, TEMPERATURE, TYPICAL_TEXTS, check_out, part_of, typical_text
@@ -156,7 +157,8 @@ def import_pool(
 def add_lora(
     pool: Pool, model_dir: Path, source: Source, out: Path, *, threads: int | None = None, replace: bool = False
 ) -> Pool:
-    """Write a pool with one more LoRA. The projection and the files of the other LoRAs stay as they are; version and serial are new.
+    """Write a pool with one more LoRA. The projection, the files of the other LoRAs and the prototypes stay as they are, so the new
+    one has none; version and serial are new.
 
     Args:
         pool: opened with verify=True, so that nothing damaged gets a new hash.
@@ -205,10 +207,17 @@ def add_lora(
     further = {
         file.path: (pool.path / file.path).read_bytes()
         for file in old.files
-        if "/" not in file.path and file.path not in (PROJECTION, TYPICAL)
+        if "/" not in file.path and file.path not in (PROJECTION, PROTOTYPES, TYPICAL)
     }
     return write_pool(
-        out, manifest, projection, [*kept, (config, tensors)], typical=typical, further=further, replace=replace
+        out,
+        manifest,
+        projection,
+        [*kept, (config, tensors)],
+        typical=typical,
+        prototypes=pool.prototypes,
+        further=further,
+        replace=replace,
     )
 
 

@@ -43,6 +43,8 @@ BLENDS = {
     "concat": "the products B A are summed, exactly",
     "svd": "the products B A are summed and cut to a rank",
 }
+TEXTS = 5
+"""Typical texts of each cluster that are shown; a pool may have more."""
 WIDTH, HEIGHT, MARGIN = 640, 440, 44
 """Of a map, in its own units."""
 LARGEST, SMALLEST = 22.0, 6.0
@@ -73,7 +75,7 @@ class Inspection:
         return RECIPES.get(recipe, recipe)
 
     def to_dict(self) -> dict[str, Any]:
-        manifest = self.pool.manifest
+        manifest, texts = self.pool.manifest, _texts(self.pool)
         return {
             "name": manifest.name,
             "version": manifest.version,
@@ -85,12 +87,13 @@ class Inspection:
             "weighting": manifest.weighting,
             "grouped": manifest.grouped,
             "settings": manifest.settings,
+            "prototypes": manifest.prototypes,
             "adapters": [
                 {
                     "adapter": n,
                     "texts": self.sizes[n] if self.sizes else None,
                     "norm": self.norms[n],
-                    "typical": [text for text in self.pool.typical() if text["cluster"] == n],
+                    "typical": texts[n],
                 }
                 for n in range(manifest.adapters)
             ],
@@ -134,6 +137,15 @@ def _sizes(pool: Pool) -> list[int] | None:
     return sizes if all(isinstance(size, int) and size >= 0 for size in sizes) and sum(sizes) else None
 
 
+def _texts(pool: Pool) -> list[list[TypicalText]]:
+    """The most typical texts of each cluster."""
+    found: list[list[TypicalText]] = [[] for _ in range(pool.manifest.adapters)]
+    for text in pool.typical():
+        if len(found[text["cluster"]]) < TEXTS:
+            found[text["cluster"]].append(text)
+    return found
+
+
 # The map
 
 
@@ -161,7 +173,7 @@ def cluster_map(pool: Pool, extra_points: Sequence[tuple[str, npt.ArrayLike]] = 
         InvalidInput: a z has another length, or holds NaN or infinity.
     """
     axes, mean, _ = _axes(pool)
-    texts = [text for text in pool.typical() if text.get("position")]
+    texts = [text for own in _texts(pool) for text in own if text.get("position")]
     extra = _directions(pool, extra_points)
     points = pool.projection.indicators
     positions = np.array([text["position"] for text in texts], np.float32).reshape(-1, points.shape[1])
@@ -274,7 +286,7 @@ def render(inspection: Inspection) -> str:
     count = manifest.adapters
     largest = max(inspection.norms) or 1.0
     sizes = inspection.sizes
-    typical = pool.typical()
+    typical = _texts(pool)
     others = np.where(np.eye(count, dtype=bool), -2, inspection.similarity)
     rows = [
         {
@@ -286,7 +298,7 @@ def render(inspection: Inspection) -> str:
             "bar": inspection.norms[n] / largest,
             "like": int(others[n].argmax()) if count > 1 else None,
             "likeness": float(others[n].max()),
-            "typical": [text for text in typical if text["cluster"] == n],
+            "typical": typical[n],
         }
         for n in range(count)
     ]
@@ -298,7 +310,7 @@ def render(inspection: Inspection) -> str:
         rows=rows,
         map=cluster_map(pool),
         shown=_axes(pool)[2],
-        has_positions=any(text.get("position") for text in typical),
+        has_positions=any(text.get("position") for own in typical for text in own),
         heats=[
             ("The LoRAs", "cosine of the products B A", _heat(inspection.similarity, "LoRAs: cosine")),
             ("The indicators", "cosine", _heat(inspection.cosines, "indicators: cosine")),

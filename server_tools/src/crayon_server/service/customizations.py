@@ -23,12 +23,17 @@ from crayon_runtime.affinity import check_alpha
 from crayon_runtime.blend import Blended, onnx_tensors
 from crayon_runtime.bundle import write_adapter_archive
 from crayon_runtime.errors import OutputError
-from crayon_runtime.manifest import PRODUCER, AdapterDtype, PoolVersion, Sha256
+from crayon_runtime.manifest import MOST_PROTOTYPES, PRODUCER, AdapterDtype, PoolVersion, Sha256
+from crayon_runtime.prototypes import SIZE
 from crayon_runtime.signing import sign_document
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from crayon_runtime.pool import Pool
     from crayon_runtime.signing import SigningKey
+
+    Doubles = npt.NDArray[np.float64]
 
 DECIMALS = 4
 """Of alpha. Noise of 0.02 costs at most two points of exact match on the generated benchmark, so this costs nothing."""
@@ -51,6 +56,15 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
     # JSON Schema takes 8.0 for an integer; msgspec does not.
     rank_limit: Annotated[float, Meta(ge=1, le=LARGEST_RANK, multiple_of=1)] | None = None
     """An adapter of a larger rank is truncated to it."""
+    prototypes: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=MOST_PROTOTYPES,
+            multiple_of=1,
+            description="how many come with the adapter, if the pool has as many",
+        ),
+    ] = SIZE
 
 
 @dataclass(frozen=True)
@@ -59,8 +73,12 @@ class Order:
 
     name: str
     """32 hex digits, which nobody can guess who does not know alpha."""
+    alpha: Doubles
+    """float64 [N], rounded."""
     blended: Blended
     dtype: AdapterDtype
+    prototypes: int
+    """How many come with it."""
 
 
 class QueueFull(Exception):
@@ -98,7 +116,13 @@ class Customizations:
         self._waiting: dict[str, asyncio.Task[Path]] = {}
         _remove_leftovers(cache)
 
-    def order(self, alpha: list[float], dtype: AdapterDtype = "fp16", rank_limit: float | None = None) -> Order:
+    def order(
+        self,
+        alpha: list[float],
+        dtype: AdapterDtype = "fp16",
+        rank_limit: float | None = None,
+        prototypes: float = SIZE,
+    ) -> Order:
         """What is asked for by alpha, rounded to `DECIMALS`. Nothing is computed.
 
         Raises:
@@ -110,9 +134,10 @@ class Customizations:
         blended = self._pool.blend(rounded)
         if rank_limit is not None:
             blended = blended.limited(int(rank_limit))
+        count = min(int(prototypes), manifest.prototypes.count) if manifest.prototypes else 0
         digest = hashlib.sha256(rounded.astype("<f8").tobytes())
-        digest.update(f"{dtype} {blended.rank} ".encode() + self._context)
-        return Order(digest.hexdigest()[:32], blended, dtype)
+        digest.update(f"{dtype} {blended.rank} {count} ".encode() + self._context)
+        return Order(digest.hexdigest()[:32], rounded, blended, dtype, count)
 
     def find(self, name: str) -> Path | None:
         """An archive that was made before and is still here, by the name of its order."""
@@ -164,7 +189,7 @@ class Customizations:
         return path
 
     def _build(self, order: Order, path: Path) -> None:
-        manifest = self._pool.manifest
+        manifest, prototypes = self._pool.manifest, self._pool.prototypes
         write_adapter_archive(
             path,
             onnx_tensors(order.blended),
@@ -172,6 +197,7 @@ class Customizations:
             base_fingerprint=manifest.base_fingerprint,
             dtype=order.dtype,
             pool=manifest.origin,
+            prototypes=prototypes.picked(order.alpha, order.prototypes) if prototypes else None,
             sign=partial(sign_document, key=self._key) if self._key is not None else None,
         )
 
