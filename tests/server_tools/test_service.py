@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from crayon_runtime.bundle import install
 from crayon_runtime.errors import IntegrityError, InvalidInput, ManifestError, OutputError
 from crayon_runtime.pool import Pool
+from crayon_runtime.prototypes import read_prototypes
 from crayon_runtime.signing import KeyStore, verify_document, verify_signature
 from tests.runtime import pools
 from tests.support import needs
@@ -35,6 +37,7 @@ needs.module("limits")
 needs.module("prometheus_client")
 fsspec = needs.module("fsspec")
 
+from crayon_runtime.server import asgi  # noqa: E402
 from crayon_runtime.server.asgi import read_key  # noqa: E402
 from crayon_server.cli.serve import _config, _listen  # noqa: E402
 from crayon_server.service import access_log  # noqa: E402
@@ -297,6 +300,25 @@ def test_the_same_alpha_gives_the_same_bytes(ask: Ask, cache: Path) -> None:
     assert len(list(cache.iterdir())) == 2
 
 
+def test_prototypes_come_with_the_adapter(pool: Pool, keys: KeyStore, cache: Path, tmp_path: Path) -> None:
+    made = pools.prototypes((0,) * 40 + (1,) * 40 + (2,) * 40)
+    there = pools.write(tmp_path / "other", server=made)
+    ask = Ask(service.create_app(there.path, keys.path, cache=cache), there)
+    for asked, count in ((None, 64), (0, 0), (5, 5), (120, 120), (1024, 120), (64.0, 64)):
+        response = ask.customize(**{} if asked is None else {"prototypes": asked})
+        assert response.status_code == 200
+        (tmp_path / "got.crayon").write_bytes(response.content)
+        bundle = install(tmp_path / "got.crayon", tmp_path / "got", replace=True)
+        assert verify_signature(bundle, keys.trusted) == keys.current
+        found, expected = read_prototypes(bundle, 8), made.picked(ALPHA, count)
+        assert (found is None) == (expected is None)
+        if found and expected:
+            np.testing.assert_array_equal(found.states, expected.states)
+    assert len(list(cache.iterdir())) == 4, "what is the same is made once"
+    there = Ask(service.create_app(pool.path, keys.path, cache=cache), pool)
+    assert there.customize(prototypes=5).content == there.customize().content
+
+
 def test_a_cut_download_is_resumed(ask: Ask) -> None:
     whole = ask.customize()
     place, etag = whole.headers["content-location"], whole.headers["etag"]
@@ -332,6 +354,10 @@ def test_what_was_never_made_is_not_there(ask: Ask, name: str) -> None:
         ({"rank_limit": 1.5}, "422 Expected `float` that's a multiple of 1"),
         ({"rank_limit": 1 << 70}, "422 Expected `float` <= 65536"),
         ({"rank_limit": "2"}, "422 Expected `float | null`, got `str`"),
+        ({"prototypes": -1}, "422 Expected `float` >= 0"),
+        ({"prototypes": 1025}, "422 Expected `float` <= 1024"),
+        ({"prototypes": 1.5}, "422 Expected `float` that's a multiple of 1"),
+        ({"prototypes": None}, "422 Expected `float`, got `null`"),
         ({"text": "something private"}, "422 Object contains unknown field `text`"),
         ({"base_fingerprint": "x"}, "422 Expected `str` matching regex"),
         ({"base_fingerprint": "0" * 64}, "409 this pool is for another base model"),
@@ -379,7 +405,7 @@ def test_a_large_body_is_refused(ask: Ask) -> None:
 
 
 def test_a_slow_body_is_refused(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(asgi, "BODY_SECONDS", 0.05)
 
     async def slow() -> AsyncIterator[bytes]:
         yield b"{"
@@ -608,6 +634,25 @@ def test_an_answer_that_is_read_too_slowly_is_cut_off(
     assert json.loads(caplog.messages[0])["status"] == 499
 
 
+def test_an_answer_that_is_made_slowly_is_not_cut_off(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_log, "STALL_SECONDS", 0.2)
+
+    async def thoughtful(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(3):
+            await asyncio.sleep(0.15)
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+
+    async def network(message: Any) -> None:
+        await asyncio.sleep(0.001)
+
+    with caplog.at_level(logging.INFO, logger="crayon.service"):
+        asyncio.run(access_log.AccessLog(thoughtful, Metrics())({"type": "http", "method": "GET"}, None, network))  # type: ignore[arg-type]
+    assert json.loads(caplog.messages[0])["status"] == 200
+
+
 def test_the_metrics(ask: Ask) -> None:
     sent = len(ask.customize().content) + len(ask.customize().content)
     ask("GET", "/secret")
@@ -700,6 +745,8 @@ def test_openapi_describes_the_request(ask: Ask) -> None:
     assert body["required"] == ["base_fingerprint", "pool_version", "alpha"]
     assert body["additionalProperties"] is False
     assert body["properties"]["dtype"]["enum"] == ["fp16", "fp32", "int8"]
+    prototypes = body["properties"]["prototypes"]
+    assert (prototypes["minimum"], prototypes["maximum"], prototypes["default"]) == (0, 1024, 64)
     alpha = body["properties"]["alpha"]
     assert (alpha["minItems"], alpha["maxItems"], alpha["items"]["minimum"]) == (3, 3, 0)
 

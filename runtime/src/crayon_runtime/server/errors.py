@@ -9,7 +9,7 @@ from crayon_runtime.errors import AdapterError, ContextOverflow, CrayonError, In
 BUSY_SECONDS = 1
 """After which a client that found the server busy may ask again."""
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 500: "server_error", 503: "server_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class Refused(Exception):
@@ -27,7 +27,7 @@ class Refused(Exception):
         self.content: dict[str, Any] = {
             "error": {
                 "message": message,
-                "type": _TYPES.get(status, "invalid_request_error"),
+                "type": _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error"),
                 "param": param,
                 "code": code,
             }

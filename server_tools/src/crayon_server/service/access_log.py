@@ -6,34 +6,26 @@ The log has one line of JSON for each request, which holds nothing that a user w
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from crayon_runtime.server.asgi import CLIENT_GONE, Application, Message, Receive, Send, log_line
+from crayon_runtime.server.errors import Gone
 
 if TYPE_CHECKING:
     from crayon_server.service.metrics import Metrics
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Message, Receive, Send], Awaitable[None]]
-
 STALL_SECONDS = 30.0
-"""How much later than at `SLOWEST_READER` an answer may be read."""
+"""How much longer than at `SLOWEST_READER` it may take to read an answer. What it takes to make it is not counted."""
 SLOWEST_READER = 8 << 10
 """Bytes a second: 64 kbit/s."""
 
 _log = logging.getLogger("crayon.service")
 
 
-class _TooSlow(Exception):
-    """The answer is read too slowly."""
-
-
 class AccessLog:
-    """ASGI middleware. Addresses are logged as their route, so that even a wrong one says nothing."""
+    """ASGI middleware."""
 
     def __init__(self, app: Application, metrics: Metrics) -> None:
         self._app = app
@@ -44,32 +36,25 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        status, sent, begun = 500, 0, 0.0
+        status, sent, waited = 500, 0, 0.0
 
         async def counted(message: Message) -> None:
-            nonlocal status, sent, begun
-            if message["type"] == "http.response.start":
-                status, begun = message["status"], asyncio.get_running_loop().time()
+            nonlocal status, sent, waited
+            status = message.get("status", status)
+            before = asyncio.get_running_loop().time()
             try:
-                async with asyncio.timeout_at(begun + STALL_SECONDS + sent / SLOWEST_READER):
+                async with asyncio.timeout_at(before + STALL_SECONDS + sent / SLOWEST_READER - waited):
                     await send(message)
             except TimeoutError:
-                raise _TooSlow from None
+                raise Gone from None
+            waited += asyncio.get_running_loop().time() - before
             sent += len(message.get("body", b""))
 
         try:
             await self._app(scope, receive, counted)
-        except _TooSlow:  # the answer is cut off
-            status = 499  # as nginx counts clients that are gone
+        except Gone:  # or reads too slowly: the answer is cut off
+            status = CLIENT_GONE
         finally:
             seconds = time.perf_counter() - start
-            route = getattr(scope.get("route"), "path", "-")
-            self._metrics.answered(route, status, sent, seconds)
-            line = {
-                "method": scope["method"] if scope["method"] in ("GET", "HEAD", "POST") else "-",
-                "route": route,
-                "status": status,
-                "bytes": sent,
-                "ms": round(1000 * seconds, 1),
-            }
-            _log.info(json.dumps(line))
+            self._metrics.answered(getattr(scope.get("route"), "path", "-"), status, sent, seconds)
+            _log.info(log_line(scope, status, sent, seconds))

@@ -8,15 +8,13 @@
     POST /v1/customizations               {base_fingerprint, pool_version, alpha, …} -> a .crayon archive; see `Request`
     GET  /v1/customizations/{name}        the same archive again, by the Content-Location of the first: to resume a cut download
 
-Whatever is refused is answered {"error": {"what", "where", "do"}}.
+and those of `chat`, which pass queries to a server LLM. Whatever is refused is answered {"error": {"what", "where", "do"}}.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import hmac
-import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -26,47 +24,28 @@ from fastapi import APIRouter, Depends, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.requests import ClientDisconnect
 
 from crayon_runtime._version import __version__
 from crayon_runtime.affinity import LARGEST_WEIGHT
-from crayon_runtime.errors import CrayonError, InvalidInput
 from crayon_runtime.pool import PoolManifest
+from crayon_runtime.server.asgi import authorized, read_body
 from crayon_runtime.signing import KeyStore, SigningKey, sign_document
+from crayon_server.service import chat, refusals
 from crayon_server.service.access_log import AccessLog
 from crayon_server.service.customizations import Customizations, QueueFull, Request
 from crayon_server.service.limit import RateLimit
 from crayon_server.service.metrics import Metrics
 from crayon_server.service.pools import ServedPool
+from crayon_server.service.refusals import Refused, described
+from crayon_server.upstream import Endpoint
 
 LARGEST_BODY = 64 << 10
 """Bytes. The alpha of 4096 adapters fits."""
-BODY_SECONDS = 10.0
 MADE_SECONDS = 30.0
 """An adapter that is not there by then is made nevertheless, for who asks again."""
 CACHE_BYTES = 1 << 30
 
 ARCHIVE = "application/vnd.crayon.bundle+zip"
-
-_log = logging.getLogger("crayon.service")
-
-
-class Refused(Exception):
-    """A request that is answered with an error.
-
-    Args:
-        wait: seconds after which to ask again.
-    """
-
-    def __init__(
-        self, status: int, what: str, *, where: str | None = None, do: str | None = None, wait: int | None = None
-    ) -> None:
-        super().__init__(what)
-        self.status = status
-        self.content = {"error": {"what": what, "where": where, "do": do}}
-        self.headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-        if wait is not None:
-            self.headers["Retry-After"] = str(wait)
 
 
 def create_app(
@@ -77,6 +56,8 @@ def create_app(
     cache_bytes: int = CACHE_BYTES,
     api_key: str | None = None,
     rate_limit: str | None = None,
+    upstream: Endpoint | None = None,
+    upstream_concurrency: int = chat.CONCURRENCY,
 ) -> FastAPI:
     """The service of one pool, as an ASGI application.
 
@@ -89,6 +70,8 @@ def create_app(
         cache_bytes: how much of them to keep, about.
         api_key: what clients have to send as `Authorization: Bearer`; None: nothing.
         rate_limit: how often one address may ask, as "60/minute"; None: as often as it likes.
+        upstream: the server LLM that queries are passed to; None: there is none.
+        upstream_concurrency: how many queries it gets at once.
 
     Raises:
         CrayonError: the pool or the keys cannot be used.
@@ -100,27 +83,29 @@ def create_app(
     made = Customizations(served.pool, served.document, key, cache, cache_bytes, metrics.made)
     app = FastAPI(title="Crayon", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(AccessLog, metrics=metrics)
-    for status, what in ((404, "there is nothing at this address"), (405, "this method is not for this address")):
-        app.add_exception_handler(status, _plain(status, what))
-    app.add_exception_handler(Exception, _plain(500, "the service failed; its log says more"))
-    app.add_exception_handler(Refused, _refused)
-    app.add_exception_handler(CrayonError, _failed)
+    refusals.install(app)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Whether the service answers, and for which pool."""
         return {"status": "ok", "pool": manifest.name, "pool_version": manifest.version}
 
-    authorized = Depends(_authorized(api_key))
+    key_needed = Depends(authorized(api_key))
 
-    @app.get("/metrics", response_class=PlainTextResponse, dependencies=[authorized], responses=_errors(401))
+    @app.get("/metrics", response_class=PlainTextResponse, dependencies=[key_needed], responses=described(401))
     async def numbers() -> Response:
         """Numbers of requests, for Prometheus."""
         return Response(await asyncio.to_thread(metrics.render), media_type=CONTENT_TYPE_LATEST)
 
-    guard = [authorized, Depends(_within(RateLimit(rate_limit) if rate_limit else None))]
-    app.include_router(_pool_routes(served, key), dependencies=guard, responses=_errors(401, 429))
-    app.include_router(_customization_routes(manifest, made, metrics), dependencies=guard, responses=_errors(401, 429))
+    guard = [key_needed, Depends(_within(RateLimit(rate_limit) if rate_limit else None))]
+    app.include_router(_pool_routes(served, key), dependencies=guard, responses=described(401, 429))
+    app.include_router(
+        _customization_routes(manifest, made, metrics), dependencies=guard, responses=described(401, 429)
+    )
+    if upstream is not None:
+        upstream.on_try = metrics.tried
+    asked = chat.routes(upstream, concurrency=upstream_concurrency, open_to_all=api_key is None)
+    app.include_router(asked, dependencies=guard)
     return app
 
 
@@ -128,18 +113,9 @@ def _within(limit: RateLimit | None) -> Callable[[HttpRequest], Awaitable[None]]
     async def within(request: HttpRequest) -> None:
         wait = limit.wait(request.client.host if request.client else None) if limit else 0
         if wait:
-            raise Refused(429, "you ask too often", do=f"ask again in {wait} s", wait=wait)
+            raise Refused(429, "you ask too often", do=f"ask again in {wait} s", wait=wait, code="rate_limit_exceeded")
 
     return within
-
-
-def _authorized(api_key: str | None) -> Callable[[HttpRequest], Awaitable[None]]:
-    async def authorized(request: HttpRequest) -> None:
-        given = request.headers.get("authorization", "")
-        if api_key is not None and not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
-            raise Refused(401, "the API key is missing or wrong", where="Authorization", do="send `Bearer KEY`")
-
-    return authorized
 
 
 def _pool_routes(served: ServedPool, key: SigningKey | None) -> APIRouter:
@@ -154,7 +130,7 @@ def _pool_routes(served: ServedPool, key: SigningKey | None) -> APIRouter:
             served.document, media_type="application/json", headers=_headers(digest)
         )
 
-    @router.get("/v1/pool/signature", response_class=JSONResponse, responses=_errors(404))
+    @router.get("/v1/pool/signature", response_class=JSONResponse, responses=described(404))
     async def pool_signature(request: HttpRequest) -> Response:
         """The signature.json over exactly the bytes of pool.json."""
         if key is None or signature is None:
@@ -179,12 +155,12 @@ def _customization_routes(manifest: PoolManifest, made: Customizations, metrics:
     @router.post(
         "/v1/customizations",
         response_class=FileResponse,
-        responses={200: {"content": {ARCHIVE: {}}}, **_errors(400, 408, 409, 413, 422, 503)},
+        responses={200: {"content": {ARCHIVE: {}}}, **described(400, 408, 409, 413, 422, 503)},
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}},
     )
     async def customize(request: HttpRequest) -> Response:
         """The adapter bundle of one alpha."""
-        wanted = _parse(await _body(request))
+        wanted = _parse(await read_body(request, LARGEST_BODY))
         if wanted.base_fingerprint != manifest.base_fingerprint:
             raise Refused(409, "this pool is for another base model", where="base_fingerprint")
         if wanted.pool_version != manifest.version:
@@ -194,7 +170,7 @@ def _customization_routes(manifest: PoolManifest, made: Customizations, metrics:
                 where="pool_version",
                 do="get /v1/pool and compute alpha again",
             )
-        order = made.order(wanted.alpha, wanted.dtype, wanted.rank_limit)
+        order = made.order(wanted.alpha, wanted.dtype, wanted.rank_limit, wanted.prototypes)
         if (path := made.find(order.name)) is not None:
             metrics.hit()
             return _archive(path)
@@ -207,7 +183,7 @@ def _customization_routes(manifest: PoolManifest, made: Customizations, metrics:
     @router.get(
         "/v1/customizations/{name}",
         response_class=FileResponse,
-        responses={200: {"content": {ARCHIVE: {}}}, **_errors(404)},
+        responses={200: {"content": {ARCHIVE: {}}}, **described(404)},
     )
     async def again(name: str) -> Response:
         """An adapter bundle that was made a short while ago; takes Range and If-Range."""
@@ -217,21 +193,6 @@ def _customization_routes(manifest: PoolManifest, made: Customizations, metrics:
         return _archive(path)
 
     return router
-
-
-async def _body(request: HttpRequest) -> bytes:
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > LARGEST_BODY:
-                    raise Refused(413, f"the body is larger than {LARGEST_BODY} bytes")
-    except ClientDisconnect:
-        raise Refused(400, "the body was cut off") from None
-    except TimeoutError:
-        raise Refused(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
-    return bytes(body)
 
 
 def _parse(body: bytes) -> Request:
@@ -255,40 +216,6 @@ def _headers(tag: str) -> dict[str, str]:
 def _unless_known(request: HttpRequest, tag: str) -> Response | None:
     known = {known.strip().removeprefix("W/") for known in request.headers.get("if-none-match", "").split(",")}
     return Response(status_code=304, headers=_headers(tag)) if known & {f'"{tag}"', "*"} else None
-
-
-Handler = Callable[[HttpRequest, Exception], Awaitable[Response]]
-
-
-def _plain(status: int, what: str) -> Handler:
-    async def handle(_request: HttpRequest, error: Exception) -> Response:
-        headers = getattr(error, "headers", None)
-        return JSONResponse({"error": {"what": what, "where": None, "do": None}}, status, headers)
-
-    return handle
-
-
-async def _refused(_request: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, Refused)
-    return JSONResponse(error.content, error.status, error.headers)
-
-
-async def _failed(_request: HttpRequest, error: Exception) -> Response:
-    """What the library refuses is the client's fault if it is its input, and otherwise no business of the client."""
-    assert isinstance(error, CrayonError)
-    if isinstance(error, InvalidInput):
-        return JSONResponse({"error": {"what": error.what, "where": error.where, "do": error.do}}, 422)
-    _log.error("the adapter could not be made: %s", error)
-    return JSONResponse(
-        {"error": {"what": "the adapter could not be made", "where": None, "do": "try again later"}}, 503
-    )
-
-
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    text = {"type": ["string", "null"]}
-    error = {"type": "object", "properties": {"what": {"type": "string"}, "where": text, "do": text}}
-    schema = {"type": "object", "properties": {"error": error}, "required": ["error"]}
-    return {s: {"description": "refused", "content": {"application/json": {"schema": schema}}} for s in statuses}
 
 
 def _schema(manifest: PoolManifest) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_LONG = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0)
 
 
 class Metrics:
@@ -38,6 +39,14 @@ class Metrics:
             registry=self._registry,
         )
 
+        self._tries = Histogram(
+            "crayon_upstream_seconds",
+            "Asking the server LLM once, until its first byte or until it failed, by what came of it",
+            ["outcome"],
+            buckets=_LONG,
+            registry=self._registry,
+        )
+
     def answered(self, route: str, status: int, sent: int, seconds: float) -> None:
         """Count an answer.
 
@@ -55,6 +64,14 @@ class Metrics:
     def made(self, seconds: float) -> None:
         """Count an adapter that was made."""
         self._blends.observe(seconds)
+
+    def tried(self, outcome: str, seconds: float) -> None:
+        """Count that the server LLM was asked once.
+
+        Args:
+            outcome: as an `Endpoint` tells it.
+        """
+        self._tries.labels(outcome).observe(seconds)
 
     def render(self) -> bytes:
         """Prometheus's text format; of all workers, if there are several."""

@@ -57,7 +57,7 @@ class ServedPool:
 
 
 def is_remote(place: str) -> bool:
-    """Whether a pool has to be fetched first."""
+    """Whether it is an address, and not a path."""
     return "://" in place
 
 
