@@ -70,6 +70,13 @@ class Needs:
             finally:
                 subprocess.run(["umount", "--lazy", folder], check=True)
 
+    def chromium(self) -> Path:
+        """A browser for Playwright, whose own are not downloaded."""
+        found = shutil.which("chromium")
+        if found is None:
+            absent("the browser chromium", "install the Debian package chromium")
+        return Path(found)
+
     def reference_model(self) -> Path:
         """stories260K: a real trained LLaMA, as a Hugging Face model folder with a sentencepiece tokenizer."""
         folder = ROOT / "tests/data/stories260K"

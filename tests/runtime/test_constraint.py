@@ -372,6 +372,36 @@ def test_an_answer_is_one_call_of_one_of_the_tools(tokenizer: Tokenizer) -> None
     assert called == set(tools)
 
 
+@both
+def test_an_answer_is_a_call_or_text_that_does_not_look_like_one(tokenizer: Tokenizer) -> None:
+    either = Constraint.tools([LIGHTS, STOP], or_text=True)
+    said = {True: 0, False: 0}
+    for text in answers(either, 60, tokenizer, likely='{ "}', max_new_tokens=1200, temperature=0.5, stop="\0"):
+        is_call = text.lstrip(" \t\r\n").startswith("{")
+        said[is_call] += 1
+        if is_call:
+            assert json.loads(text)["name"] in ("stop", LIGHTS["function"]["name"])
+    assert min(said.values()) > 0
+
+
+@pytest.mark.parametrize(
+    "text, can_be",
+    [
+        ("", True), ("hello {", True), ("a\n{}", True), (" [1]", True), ("\x0c{", True),
+        ('{"name":"stop","arguments":{}}', True), ('\n{"name": "stop", "arguments": {}}', True), ('  {"name":"stop","arguments":{}}', True),
+        ("{}", False), (" { }", False), ("\n\n\n\n{", False), ('{"name":"stopp","arguments":{}}', False), ('{"name":"stop","arguments":{}}.', False),
+    ],
+)  # fmt: skip
+def test_which_answers_can_be_a_call_or_text(text: str, can_be: bool) -> None:
+    matcher = Constraint.tools([STOP], or_text=True).matcher(tiny.TOKENIZER, tiny.VOCAB_SIZE)
+    for token in [*encoded(text, tiny.TOKENIZER), tiny.EOS]:
+        if not matcher.allowed()[token]:
+            assert not can_be
+            return
+        matcher.consume(token)
+    assert can_be
+
+
 def test_one_tool_must_be_called() -> None:
     assert {json.loads(text)["name"] for text in answers(Constraint.tools([STOP]), 5)} == {"stop"}
 
@@ -832,3 +862,33 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
 
 def test_a_constraint_shows_what_it_is() -> None:
     assert repr(Constraint.regex("a" * 300)) == f"<Constraint regex: {'start: /' + 'a' * 52 + '…'!r}>"
+
+
+@pytest.mark.parametrize(
+    "made, met, not_met",
+    [
+        (
+            lambda: Constraint.regex("é[ab]{2}日*"),
+            ["éab", "éba日日"],
+            ["", "é", "éa", "éabc", " éab", "éab\n", "\ud800"],
+        ),
+        (
+            lambda: Constraint.json_schema(
+                {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+            ),
+            ['{"a": 1}', '{"a":1}', '{\n "a": 1\n}'],
+            ["", "{}", '{"a": 1', '{"a": "1"}', '{"a": 1} ', "```json\n{}\n```", '{"a": 1}{"a": 1}'],
+        ),
+    ],
+)
+def test_whether_a_text_that_no_model_wrote_meets_it(made: Any, met: list[str], not_met: list[str]) -> None:
+    constraint = made()
+    assert [constraint.meets(text) for text in met] == [True] * len(met)
+    assert [constraint.meets(text) for text in not_met] == [False] * len(not_met)
+
+
+def test_a_long_text_meets_it_in_parts() -> None:
+    numbers = Constraint.json_schema({"type": "array", "items": {"type": "integer"}})
+    text = f"[{', '.join(['1234'] * 5000)}]"
+    assert numbers.meets(text)
+    assert not numbers.meets(text[:-1])

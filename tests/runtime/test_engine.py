@@ -689,6 +689,33 @@ def test_an_adapter_that_is_read_is_not_yet_set(tmp_path: Path) -> None:
         e.read_adapter(Bundle.open(tmp_path / "a"))
 
 
+def test_an_answer_so_far_is_what_a_shorter_one_is() -> None:
+    with tiny.engine() as e:
+        with e.stream("a b", max_new_tokens=9) as stream:
+            for count, _ in enumerate(stream, 1):
+                now, shorter = stream.so_far, e.generate("a b", max_new_tokens=count)
+                assert (now.token_ids, now.log_probabilities) == (shorter.token_ids, shorter.log_probabilities)
+                if count == 1:
+                    assert now.answer_tap is None
+                else:
+                    assert np.array_equal(now.answer_tap, shorter.answer_tap)  # type: ignore[arg-type]
+                assert np.array_equal(now.prompt_tap, shorter.prompt_tap)  # type: ignore[arg-type]
+        assert stream.so_far is stream.generation
+
+
+def test_the_bundle_of_an_adapter(tmp_path: Path) -> None:
+    with tiny.engine(bundle=tiny.bundle(tmp_path)) as e:
+        assert e.present_adapter is None
+        e.set_adapter("alice")
+        alice, bob = e.present_adapter, e.find_adapter("bob")
+        assert alice is not None
+        assert bob is not None
+        assert [e.bundle_of(a).as_adapter.name for a in (alice, bob)] == ["alice", "bob"]  # type: ignore[union-attr]
+        assert e.bundle_of(FakeAdapter("carol")) is None
+        bundles.edit_manifest(tmp_path / "model/adapters/bob", lambda document: document.update(name="bert"))
+        assert e.bundle_of(bob) is None, "another one is in its place"
+
+
 def test_the_answer_tap_is_the_embedding_of_the_answer() -> None:
     e = engine([*TOKENIZER.encode("the alarm", add_bos=False), EOS])
     g = e.generate("a b")

@@ -266,6 +266,28 @@ def test_the_log_probability_is_that_of_the_plain_softmax(options: dict[str, Any
         assert sampler.log_probability == pytest.approx(want[token], abs=1e-5)
 
 
+def test_the_likeliest_tokens_are_those_of_the_plain_softmax() -> None:
+    sampler = Sampler(SamplingOptions(temperature=2.0, top_k=3, repetition_penalty=1.5, seed=1), V)
+    for seed in range(10):
+        logits = normal(seed)
+        token = sampler.sample(logits)
+        everything = sampler.most_likely(logits, 2 * V)
+        assert dict(everything)[token] == sampler.log_probability
+        assert [i for i, _ in everything] == np.argsort(-logits, kind="stable").tolist()
+        assert sum(np.exp(value) for _, value in everything) == pytest.approx(1, abs=1e-5)
+        for count in (0, 1, 7):
+            assert [*sampler.most_likely(logits, count)] == everything[:count]
+
+
+def test_of_equally_likely_tokens_the_first_are_told_and_impossible_ones_never() -> None:
+    logits = np.full(V, -np.inf, np.float32)
+    logits[[3, 8, 11, 12]] = [1.0, 2.0, 1.0, 1.0]
+    sampler = Sampler(SamplingOptions(), V)
+    sampler.sample(logits)
+    assert [token for token, _ in sampler.most_likely(logits, 3)] == [8, 3, 11]
+    assert [token for token, _ in sampler.most_likely(logits, 20)] == [8, 3, 11, 12]
+
+
 @pytest.mark.parametrize("mask", [-np.inf, np.finfo(np.float32).min])
 def test_masked_tokens_are_never_chosen(mask: float) -> None:
     logits = np.full(V, mask, np.float32)

@@ -243,6 +243,49 @@ def test_marks_in_a_message_cannot_hide_the_templates_own_tokens() -> None:
     assert ids.count(tiny.EOS) == 2
 
 
+CALLING = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+)
+TOOLS = [
+    {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {"</s>": {}}}}}
+]
+CALLED = [
+    {"role": "user", "content": "the alarm"},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock", "arguments": {"a": 1}}}]},
+    {"role": "tool", "content": "noon", "tool_call_id": "abc"},
+]
+
+
+def test_tools_and_calls_are_those_of_transformers() -> None:
+    transformers = needs.module("transformers")
+    judge = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny.byte_fallback_library(), eos_token="</s>")
+    harmless = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
+    tokenizer = tiny.tokenizer(chat_template=CALLING)
+    want = judge.apply_chat_template(CALLED, tools=harmless, chat_template=CALLING, return_dict=False)
+    assert tokenizer.apply_chat_template(CALLED, tools=harmless, add_generation_prompt=False) == want
+    control = [token for token in want if token in tokenizer.special_ids]
+    forged = tokenizer.apply_chat_template(CALLED, tools=TOOLS)
+    assert [token for token in forged if token in tokenizer.special_ids] == control, (
+        "the name of a property, too, is text"
+    )
+
+
+@pytest.mark.parametrize(
+    "template, takes",
+    [
+        (CALLING, True),
+        (CALLING.replace("c.function.arguments", "1"), False),
+        (CALLING.replace("m.content", "'x'"), False),
+        (tiny.CHATML, False),
+        ("{% if messages[1] %}{{ raise_exception('one message') }}{% endif %}", False),
+        (None, False),
+    ],
+)
+def test_which_templates_take_calls(template: str | None, takes: bool) -> None:
+    assert tiny.tokenizer(chat_template=template).takes_calls is takes
+
+
 def test_a_bundle_without_a_chat_template_says_so() -> None:
     with pytest.raises(InvalidInput, match="no chat template"):
         tiny.TOKENIZER.apply_chat_template(MESSAGES)

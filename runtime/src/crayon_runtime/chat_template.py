@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from crayon_runtime.errors import BundleError, InvalidInput
@@ -45,13 +46,19 @@ class ChatTemplate:
                 do="correct it in the source model's tokenizer_config.json and export again",
             ) from None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool,
+    ) -> str:
         """The text of a conversation; InvalidInput if the template refuses it."""
         try:
             return self._template.render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=tools,
                 documents=None,
                 **self._names,
             )
@@ -61,6 +68,24 @@ class ChatTemplate:
                 where="messages",
                 do="most templates want user and assistant in turn, with an optional system message before them",
             ) from e
+
+    @cached_property
+    def takes_calls(self) -> bool:
+        """Whether it writes calls of tools, and their results. Found out by trying: there is no declaration."""
+        function = {"name": "calledname", "arguments": {"key": "calledvalue"}}
+        call = {"id": "abcdefghi", "type": "function", "function": function}
+        try:
+            text = self.render(
+                [
+                    {"role": "user", "content": "asked"},
+                    {"role": "assistant", "content": "", "tool_calls": [call]},
+                    {"role": "tool", "content": "toolresult", "tool_call_id": call["id"]},
+                ],
+                add_generation_prompt=True,
+            )
+        except InvalidInput:
+            return False
+        return all(part in text for part in ("calledname", "calledvalue", "toolresult"))
 
 
 def check_messages(messages: Sequence[Message]) -> None:
@@ -92,7 +117,7 @@ class ControlTokens:
         if isinstance(value, str):
             return self._token.sub(rf"{self.START}\g<0>{self.END}", self.unmark(value))
         if isinstance(value, Mapping):
-            return {key: self.mark(inner) for key, inner in value.items()}
+            return {self.mark(key): self.mark(inner) for key, inner in value.items()}
         if isinstance(value, list | tuple):
             return [self.mark(inner) for inner in value]
         return value

@@ -14,6 +14,7 @@ grammars; a JSON schema with a keyword that it cannot hold is refused, never hal
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
@@ -45,6 +46,8 @@ LIMITS: Final = {
 }
 """llguidance's own, but for two: it compiles in a time that grows with the square of the grammar, and would keep 250,000 states of
 its lexer, each of about 2 kB. With these a step takes tens of milliseconds at worst. 20,000 symbols are a schema of 2800 properties."""
+
+_NO_BRACE = "TEXT: /(.|\\n)*/ & ~/[ \\t\\r\\n]*\\{(.|\\n)*/"
 
 _NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 
@@ -93,12 +96,13 @@ class Constraint:
         return cls("json_schema", f"start: %json {_schema_text(parsed, 'json_schema')}")
 
     @classmethod
-    def tools(cls, tools: Sequence[Mapping[str, Any]]) -> Constraint:
+    def tools(cls, tools: Sequence[Mapping[str, Any]], *, or_text: bool = False) -> Constraint:
         """One call of one of these tools: `{"name": "alarm.set", "arguments": {"day": "monday"}}`.
 
         Args:
             tools: in OpenAI's form: {"type": "function", "function": {"name": …, "parameters": a JSON schema of an object}}.
                 A tool without parameters takes none.
+            or_text: or any text whose first character that is not blank is no brace: what begins like a call is one.
         """
         if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence) or not tools:
             raise InvalidInput("a list of tools is wanted, with at least one", where="tools")
@@ -110,10 +114,13 @@ class Constraint:
                 raise InvalidInput(f"two tools have the name {name!r}", where=f"tools[{i}]")
             place = f"#/$defs/tool{i}"
             definitions[f"tool{i}"] = _moved(parameters, place)
-            call = {"name": {"const": name}, "arguments": {"$ref": place}}
-            calls[name] = {"type": "object", "properties": call, "required": [*call], "additionalProperties": False}
+            parts = {"name": {"const": name}, "arguments": {"$ref": place}}
+            calls[name] = {"type": "object", "properties": parts, "required": [*parts], "additionalProperties": False}
         schema = {"anyOf": [*calls.values()], "$defs": definitions}
-        return cls("tools", f"start: %json {_schema_text(schema, 'tools')}")
+        call = f"%json {_schema_text(schema, 'tools')}"
+        return cls(
+            "tools", f"start: /[ \\n]{{0,2}}/ call | TEXT\ncall: {call}\n{_NO_BRACE}" if or_text else f"start: {call}"
+        )
 
     @classmethod
     def lark(cls, text: str) -> Constraint:
@@ -165,6 +172,17 @@ class Constraint:
         if not tokenizer.info.eos:
             raise InvalidInput("the model has no eos token, which ends a constrained answer", where="constraint")
         return Matcher(self, _vocabulary(tokenizer, vocab_size))
+
+    def meets(self, text: str) -> bool:
+        """Whether a text is what it describes, whoever wrote it; also False where to find out would take too long."""
+        matcher = self._start(_bytes())
+        data = text.encode(errors="surrogatepass")
+        for start in range(0, len(data), _BYTES_AT_ONCE):
+            piece = [*data[start : start + _BYTES_AT_ONCE]]
+            if matcher.try_consume_tokens(piece) < len(piece):
+                return False
+        accepting: bool = matcher.is_accepting() and not matcher.is_error()
+        return accepting
 
     def _start(self, vocabulary: _Vocabulary, *, anew: bool = False) -> Any:
         """A matcher of llguidance at the beginning of an answer: a copy of what is compiled, or `anew`."""
@@ -262,6 +280,27 @@ class _Vocabulary:
     def __call__(self, text: str) -> list[int]:
         """Only tokens that are forced would have to be split; none are."""
         raise NotImplementedError
+
+
+class _ByteVocabulary(_Vocabulary):
+    """A token for each byte, whose id it is, and an eos token: for texts that no model has split."""
+
+    def __init__(self) -> None:
+        self.size = 257
+        self.tokens = [*(bytes([byte]) for byte in range(256)), b"</s>"]
+        self.special_token_ids = [256]
+        self.bos_token_id = None
+        self.eos_token_id = 256
+        self.is_tokenizer_wrapper = True
+        self.library = _llguidance().LLTokenizer(self, n_vocab=257, eos_token=256)
+
+
+_BYTES_AT_ONCE = 4096
+
+
+@functools.cache
+def _bytes() -> _ByteVocabulary:
+    return _ByteVocabulary()
 
 
 _VOCABULARIES: WeakKeyDictionary[Tokenizer, dict[int, _Vocabulary]] = WeakKeyDictionary()

@@ -14,9 +14,11 @@ single backend calls exclude each other, so that answers take turns token by tok
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from crayon_runtime.backends.base import Adapter, Backend
     from crayon_runtime.constraint import Matcher
     from crayon_runtime.generation import AdapterLike
-    from crayon_runtime.manifest import Manifest
+    from crayon_runtime.routing.router import Answer, Router
 
 Part = Literal["all", "prompt", "answer"]
 
@@ -62,9 +64,10 @@ class Engine:
         self._lock = threading.RLock()
         self._closed = False
         self._adapter: Adapter | None = None
-        self._adapters: dict[Path, tuple[Manifest, Adapter]] = {}
+        self._adapters: dict[Path, tuple[Bundle, Adapter]] = {}
         self._sessions: WeakSet[Session] = WeakSet()
         self._idle: Session | None = None
+        self._router: Router | None = None
 
     @classmethod
     def load(
@@ -156,6 +159,23 @@ class Engine:
             self._give_back(session, idle=True)
         return means
 
+    @property
+    def router(self) -> Router:
+        """What decides who answers; without a server, until it is set to one that has one."""
+        if self._router is None:
+            from crayon_runtime.routing.router import Router
+
+            self._router = Router(self)
+        return self._router
+
+    @router.setter
+    def router(self, router: Router) -> None:
+        self._router = router
+
+    def answer(self, prompt: Prompt, *, query: str | None = None, **options: Unpack[GenerateOptions]) -> Answer:
+        """Answer a prompt on the device, or have the server answer it: see `Router.answer`, of this engine's `router`."""
+        return self.router.answer(prompt, query=query, **options)
+
     def session(self) -> Session:
         """A KV cache of one's own, for a conversation whose turns should stay fast whatever else the engine does."""
         backend = self.backend
@@ -185,6 +205,20 @@ class Engine:
             AdapterError: there is no such adapter, or it does not fit this model.
         """
         self._adapter = self.find_adapter(adapter)
+
+    @property
+    def present_adapter(self) -> Adapter | None:
+        """What the next request is answered with; None: the base model."""
+        return self._adapter
+
+    def bundle_of(self, adapter: Adapter) -> Bundle | None:
+        """The bundle that an adapter of this engine was read from; None if the engine did not keep it, or another one is in its place now."""
+        for bundle, kept in list(self._adapters.values()):
+            if kept is adapter:
+                with suppress(OSError, ValueError):
+                    document = json.loads((bundle.path / "manifest.json").read_bytes())
+                    return bundle if document == bundle.document else None
+        return None
 
     def find_adapter(self, adapter: AdapterLike | None) -> Adapter | None:
         """Read an adapter, to answer single requests with it: `generate(…, adapter=…)`.
@@ -262,10 +296,10 @@ class Engine:
     def _read_adapter(self, bundle: Bundle) -> Adapter:
         with self._lock:
             self._check_open()
-            manifest, adapter = self._adapters.get(bundle.path, (None, None))
-            if adapter is None or manifest != bundle.manifest:  # not read yet, or another one now
+            known, adapter = self._adapters.get(bundle.path, (None, None))
+            if adapter is None or known is None or known.manifest != bundle.manifest:  # not read yet, or another one now
                 adapter = self.backend.read_adapter(bundle)
-                self._adapters[bundle.path] = (bundle.manifest, adapter)
+                self._adapters[bundle.path] = (bundle, adapter)
             return adapter
 
     def _borrow(self, wanted: Session | None) -> Session:
@@ -321,7 +355,7 @@ def _answer(
     sampler.observe(request.ids)
     decoder, stops = StreamDecoder(engine.tokenizer, continues=True), StopStrings(request.stop)
     texts: list[str] = []
-    answer_sum, fed = np.zeros(backend.tap_size, np.float64), 0
+    answer_sum = generation.answer_sum = np.zeros(backend.tap_size, np.float64)
 
     session = engine._borrow(request.session)
     try:
@@ -337,6 +371,8 @@ def _answer(
             token = _sample(sampler, request.matcher, step.logits)
             generation.token_ids.append(token)
             generation.log_probabilities.append(sampler.log_probability)
+            top = sampler.most_likely(step.logits, request.top)
+            generation.top_log_probabilities.append(top)
 
             ended = token in end_tokens or generation.generated_tokens == request.limit
             text = "" if token in end_tokens else stops.push(decoder.push(token))
@@ -351,7 +387,7 @@ def _answer(
                 generation.first_token_seconds = perf_counter() - started
             else:
                 generation.decode_seconds += perf_counter() - resumed
-            yield Piece(text, token, sampler.log_probability)
+            yield Piece(text, token, sampler.log_probability, top)
             if ended or request.cancelled():
                 return
 
@@ -364,13 +400,11 @@ def _answer(
                 if step is None:
                     return
             np.add(answer_sum, step.tap_last, out=answer_sum)
-            fed += 1
+            generation.answer_fed += 1
     finally:
         session.checkpoint()
         engine._give_back(session, idle=request.session is None)
         generation.text = "".join(texts)
-        if fed:
-            generation.answer_tap = (answer_sum / fed).astype(np.float32)
 
 
 def _sample(sampler: Sampler, matcher: Matcher | None, logits: npt.NDArray[np.float32]) -> int:

@@ -7,12 +7,13 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self, TypeAlias, TypedDict
 
+import numpy as np
+
 from crayon_runtime.errors import InvalidInput
 
 if TYPE_CHECKING:
     import os
 
-    import numpy as np
     import numpy.typing as npt
 
     from crayon_runtime.backends.base import Adapter
@@ -57,6 +58,8 @@ class GenerateOptions(TypedDict, total=False):
     """Read the text of control tokens in the prompt as those tokens; False. Never do that with text of others."""
     ignore_eos: bool
     """Go on past eos tokens, which then have no text: for measurements of a fixed length; False."""
+    top_log_probabilities: int
+    """Of so many most likely tokens, at each step, the log-probabilities too; 0."""
 
 
 class Piece(NamedTuple):
@@ -67,6 +70,8 @@ class Piece(NamedTuple):
     token_id: int
     log_probability: float
     """Natural logarithm of its probability, before any sampling option."""
+    top_log_probabilities: Sequence[tuple[int, float]] = ()
+    """Ids and log-probabilities of the most likely tokens in its place, as many as were asked for, the most likely first."""
 
 
 @dataclass(slots=True)
@@ -83,20 +88,33 @@ class Generation:
     """Every token that was sampled, also the eos token or the tokens of the stop string that ended it."""
     log_probabilities: list[float] = field(default_factory=list)
     """Of each of them: the natural logarithm of its probability, before any sampling option."""
+    top_log_probabilities: list[Sequence[tuple[int, float]]] = field(default_factory=list)
+    """For each of them, the most likely tokens in its place, as in `Piece`; none unless they were asked for."""
     finish_reason: Literal["stop", "length", "cancelled"] = "cancelled"
     """ "stop": an eos token or a stop string; "length": `max_new_tokens`, or the end of the context; "cancelled": it was interrupted."""
     stop: str | None = None
     """The stop string that ended it."""
     prompt_tap: Floats | None = None
     """float32 [D]: the tapped hidden state, mean over the prompt's tokens. None if they were not all fed."""
-    answer_tap: Floats | None = None
-    """float32 [D]: mean over those tokens of the answer that were fed: all but the last. None if there are none."""
+    answer_sum: npt.NDArray[np.float64] | None = field(default=None, repr=False)
+    """float64 [D]: the tapped hidden states of those tokens of the answer that were fed, which are all but the last, summed."""
+    answer_fed: int = field(default=0, repr=False)
+    """How many these are."""
     prompt_seconds: float = 0.0
     """Feeding the prompt."""
     first_token_seconds: float = 0.0
     """From the start until the first token was there (TTFT)."""
     decode_seconds: float = 0.0
     """All further tokens, without the time that the reader of the stream took."""
+
+    @property
+    def answer_tap(self) -> Floats | None:
+        """float32 [D]: the tapped hidden state, mean over those tokens of the answer that were fed: all but the last. None if there
+        are none."""
+        if self.answer_sum is None or not self.answer_fed:
+            return None
+        mean: Floats = (self.answer_sum / self.answer_fed).astype(np.float32)
+        return mean
 
     @property
     def generated_tokens(self) -> int:
@@ -132,6 +150,11 @@ class Stream(Iterator[Piece]):
         """End here, and free the session. (Another thread sets `cancel` instead.)"""
         self._pieces.close()
         self._ended = True
+
+    @property
+    def so_far(self) -> Generation:
+        """The answer as far as it is there, at any moment. Its text and its finish reason come with its end."""
+        return self._generation
 
     @property
     def generation(self) -> Generation:

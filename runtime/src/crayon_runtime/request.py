@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 
+MOST_TOP = 20
+"""Tokens whose log-probabilities can be asked for at each step; OpenAI's limit."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -40,6 +43,8 @@ class Request:
     keep: int
     cancelled: Callable[[], bool]
     ignore_eos: bool
+    top: int
+    """How many of the most likely tokens to tell at each step."""
 
     @classmethod
     def check(
@@ -58,6 +63,7 @@ class Request:
         cancel: threading.Event | None = None,
         parse_special: bool = False,
         ignore_eos: bool = False,
+        top_log_probabilities: int = 0,
         **sampling: Any,
     ) -> Request:
         """Read the keywords of `GenerateOptions`; here are their defaults.
@@ -77,6 +83,11 @@ class Request:
             raise InvalidInput(f"a Constraint is wanted, not {type(constraint).__name__}", where="constraint")
         if constraint is not None and ignore_eos:
             raise InvalidInput("an eos token ends a constrained answer; it cannot be ignored", where="ignore_eos")
+        if not is_integer(top_log_probabilities) or not 0 <= top_log_probabilities <= MOST_TOP:
+            raise InvalidInput(
+                f"top_log_probabilities is {top_log_probabilities!r}; it must be a whole number from 0 to {MOST_TOP}",
+                where="top_log_probabilities",
+            )
         check_choice("overflow", overflow, ("error", "slide"))
         if keep is None:
             keep = int(tokenizer.info.add_bos)
@@ -105,6 +116,7 @@ class Request:
             keep=keep,
             cancelled=cancel.is_set if cancel else _never,
             ignore_eos=ignore_eos,
+            top=top_log_probabilities,
         )
 
 

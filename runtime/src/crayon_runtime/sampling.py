@@ -36,6 +36,7 @@ from __future__ import annotations
 import math
 import secrets
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
@@ -118,6 +119,7 @@ class Sampler:
 
     def __init__(self, options: SamplingOptions, vocab_size: int) -> None:
         self._options = options
+        self._best = self._log_sum = 0.0
         self._random = SplitMix64(secrets.randbits(64) if options.seed is None else int(options.seed))
         self._scores = np.empty(vocab_size, np.float32)
         self._scratch = np.empty(vocab_size, np.float32)
@@ -163,8 +165,23 @@ class Sampler:
         chosen = int(scores.argmax()) if self._options.temperature == 0 else self._draw(scores)
         token = chosen if ids is None else int(ids[chosen])
         self._seen[token] = True
-        self.log_probability = float(logits[token]) - best - self._log_sum(logits, best)
+        self._best, self._log_sum = best, self._log_sum_of(logits, best)
+        self.log_probability = float(logits[token]) - best - self._log_sum
         return token
+
+    def most_likely(self, logits: Floats, count: int) -> Sequence[tuple[int, float]]:
+        """The ids and log-probabilities of the likeliest tokens in the plain softmax of the logits that were last sampled from.
+
+        Args:
+            count: how many. One of probability 0 is not among them; of equally likely ones those with the smallest ids come first.
+        """
+        if not count:
+            return ()
+        place = max(logits.size - count, 0)
+        least = np.partition(logits, place)[place]
+        ids = np.flatnonzero(logits >= least)
+        ids = ids[np.argsort(-logits[ids], kind="stable")][:count]
+        return [(int(i), float(logits[i]) - self._best - self._log_sum) for i in ids if logits[i] > -math.inf]
 
     def _penalize(self, logits: Floats) -> Floats:
         penalty = np.float32(self._options.repetition_penalty)
@@ -219,7 +236,7 @@ class Sampler:
             return int(equal.argmax())
         return bisect_left(range(equal.size), ties_before + 1, key=lambda i: int(np.count_nonzero(equal[: i + 1])))
 
-    def _log_sum(self, logits: Floats, best: float) -> float:
+    def _log_sum_of(self, logits: Floats, best: float) -> float:
         weights = np.subtract(logits, best, out=self._scratch)
         return math.log(np.exp(weights, out=weights).sum())
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,25 @@ class Tokenizer:
         stream = StreamDecoder(self, skip_special=skip_special)
         return "".join([stream.push(token) for token in ids]) + stream.flush()
 
-    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+    @property
+    def takes_calls(self) -> bool:
+        """Whether the chat template writes calls of tools, and their results."""
+        return self._template is not None and self._template.takes_calls
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
         """The token ids of a conversation, bos included where the template writes it.
 
         Text in a message that imitates a control token is encoded as the plain text that it is.
 
         Args:
             messages: each with a "role" and a "content".
+            tools: to tell the model of, in OpenAI's form. A template that knows no tools leaves them out.
             add_generation_prompt: end with what opens the assistant's answer.
 
         Raises:
@@ -108,9 +120,11 @@ class Tokenizer:
                 do="give the prompt as text, or export from a model whose tokenizer_config.json has a chat_template",
             )
         check_messages(messages)
-        marked = self._control.mark(messages)
-        text = self._template.render(marked, add_generation_prompt=add_generation_prompt)
-        if marked == list(messages):  # nothing imitates anything: the library knows best how to split
+        marked, marked_tools = self._control.mark(messages), self._control.mark(tools)
+        text = self._template.render(marked, tools=marked_tools, add_generation_prompt=add_generation_prompt)
+        if marked == list(messages) and marked_tools == (
+            tools and list(tools)
+        ):  # nothing imitates anything: the library knows best how to split
             return self.encode(text, add_bos=False, parse_special=True)
         ids: list[int] = []
         for piece, is_token in self._control.split(text):

@@ -9,17 +9,21 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from crayon_runtime.cli.common import PATH, json_option, note, print_json
-from crayon_runtime.errors import CrayonError, InvalidInput, MissingExtra
+from crayon_runtime.cli.hybrid import Hybrid, answer_facts, hybrid_options, route_text
+from crayon_runtime.cli.hybrid import show as show_answer
+from crayon_runtime.cli.serving import Serving, serve_options
+from crayon_runtime.errors import CrayonError, InvalidInput
 
 if TYPE_CHECKING:
     from crayon_runtime.constraint import Constraint
     from crayon_runtime.engine import Engine
-    from crayon_runtime.generation import GenerateOptions, Generation
+    from crayon_runtime.generation import Generation
+    from crayon_runtime.routing import Answer, Router
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -80,35 +84,20 @@ def engine_options(command: Command) -> Command:
     ]
     for option in reversed(options):
         command = option(command)
-    return command
+    return hybrid_options(command)
 
 
 @click.command()
 @click.argument("bundle", type=PATH)
 @click.argument("prompt", required=False)
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the model's chat template.")
-@click.option("--serve", "address", metavar="HOST:PORT", help="Answer programs at this address instead of PROMPT.")
-@click.option("--api-key-file", type=PATH, help="With --serve: a file with the key that clients have to send.")
-@click.option(
-    "--waiting", type=click.IntRange(min=0), default=16, show_default=True, help="With --serve: requests that may wait."
-)
-@click.option(
-    "--conversations",
-    type=click.IntRange(min=1),
-    default=2,
-    show_default=True,
-    help="With --serve: KV caches to keep, each for a whole context.",
-)
+@serve_options
 @engine_options
 @json_option
 def run(
     bundle: Path,
     prompt: str | None,
     raw: bool,
-    address: str | None,
-    api_key_file: Path | None,
-    waiting: int,
-    conversations: int,
     adapter: str | None,
     backend: str,
     threads: int | None,
@@ -120,26 +109,36 @@ def run(
     PROMPT is the user's turn in the model's chat template, or what the model continues if it has none; "-" reads it from stdin, as
     UTF-8. The answer goes to stdout while it is made, a line about its speed to stderr.
 
-    With --serve, OpenAI's clients find an API at http://HOST:PORT/v1. The sampling options are the defaults of their requests; what
-    answers must be holds for all of them. To listen beyond this machine needs --api-key-file.
+    With --server, --policy or --threshold the device judges its own answer, and has the server LLM answer what it should not: see `crayon
+    route`. A customized model then answers with its own adapter, unless --adapter says otherwise ("none" is the base model).
+
+    With --serve, OpenAI's clients find an API at http://HOST:PORT/v1, and people a page at http://HOST:PORT. The sampling options are the
+    defaults of their requests; what answers must be holds for all of them. To listen beyond this machine needs --api-key-file.
     """
+    serving, hybrid = Serving.take(options), Hybrid.take(options)
     options["constraint"] = _constraint(options)
-    if address is not None:
+    if serving is not None:
         if prompt is not None or raw or as_json:
             raise click.UsageError("--serve takes no PROMPT, --raw or --json")
-        with _load(bundle, backend, threads, None) as engine:
-            _serve(engine, bundle, address, api_key_file, adapter, options, waiting, conversations)
+        judged = adapter if hybrid else None
+        with _load(bundle, backend, threads, judged, hybrid) as engine, _routing(engine, bundle, hybrid) as router:
+            serving.run(engine, bundle, adapter, options, hybrid, router)
         return
     if prompt is None:
         raise click.UsageError("give a PROMPT, or --serve HOST:PORT")
     text = _stdin() if prompt == "-" else prompt
-    with _load(bundle, backend, threads, adapter) as engine:
+    with _load(bundle, backend, threads, adapter, hybrid) as engine, _routing(engine, bundle, hybrid) as router:
         chat = engine.tokenizer.has_chat_template and text and not raw
         ids = engine.tokenizer.apply_chat_template([{"role": "user", "content": text}]) if chat else text
-        generation = _answer(engine, ids, options, show=not as_json)
+        if router is None:
+            generation = _answer(engine, ids, options, show=not as_json)
+            facts, cancelled = _facts(generation), generation.finish_reason == "cancelled"
+        else:
+            answer, cancelled = _routed(router, ids, text, options, show=not as_json)
+            facts = answer_facts(answer, _facts)
         if as_json:
-            print_json({**_facts(generation), "adapter": engine.adapter, "backend": engine.backend.name})
-    if generation.finish_reason == "cancelled":
+            print_json({**facts, "adapter": engine.adapter, "backend": engine.backend.name})
+    if cancelled:
         click.get_current_context().exit(INTERRUPTED)
 
 
@@ -150,9 +149,17 @@ def chat(bundle: Path, adapter: str | None, backend: str, threads: int | None, *
     """Talk to a model.
 
     What was said stays in the KV cache, so only the new turn is computed. /help lists the commands.
+
+    With --server, --policy or --threshold the device has the server LLM answer what it should not; what was typed is sent, and nothing that
+    was said before.
     """
+    hybrid = Hybrid.take(options)
     options["constraint"] = _constraint(options)
-    with _load(bundle, backend, threads, adapter) as engine, engine.session() as session:
+    with (
+        _load(bundle, backend, threads, adapter, hybrid) as engine,
+        _routing(engine, bundle, hybrid) as router,
+        engine.session() as session,
+    ):
         note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
         if not engine.tokenizer.has_chat_template:
             note("this bundle has no chat template: each line is a prompt of its own, and is completed as it is")
@@ -163,20 +170,24 @@ def chat(bundle: Path, adapter: str | None, backend: str, threads: int | None, *
                     if not _command(engine, line, messages):
                         break
                 else:
-                    _turn(engine, line, messages, {**options, "session": session})
+                    _turn(engine, router, line, messages, {**options, "session": session})
             except CrayonError as e:
                 note(str(e))
 
 
-def _turn(engine: Engine, line: str, messages: list[dict[str, str]], options: dict[str, Any]) -> None:
+def _turn(
+    engine: Engine, router: Router | None, line: str, messages: list[dict[str, str]], options: dict[str, Any]
+) -> None:
     """Answer one line; both join the conversation when the answer is there."""
-    if not engine.tokenizer.has_chat_template:
-        _answer(engine, line, options, show=True)
-        return
+    template = engine.tokenizer.has_chat_template
     question = {"role": "user", "content": line}
-    ids = engine.tokenizer.apply_chat_template([*messages, question])
-    generation = _answer(engine, ids, options, show=True)
-    messages += [question, {"role": "assistant", "content": generation.text}]
+    prompt = engine.tokenizer.apply_chat_template([*messages, question]) if template else line
+    if router is None:
+        text = _answer(engine, prompt, options, show=True).text
+    else:
+        text = _routed(router, prompt, line, options, show=True)[0].text
+    if template:
+        messages += [question, {"role": "assistant", "content": text}]
 
 
 def _command(engine: Engine, line: str, messages: list[dict[str, str]]) -> bool:
@@ -223,12 +234,18 @@ def _constraint(options: dict[str, Any]) -> Constraint | None:
         raise InvalidInput(e.what, where=value, do=e.do) from None
 
 
-def _load(bundle: Path, backend: str, threads: int | None, adapter: str | None) -> Engine:
+def _load(bundle: Path, backend: str, threads: int | None, adapter: str | None, hybrid: Hybrid | None = None) -> Engine:
+    """The engine with an adapter; where answers are judged, that is the customized one if nothing else was said."""
     from crayon_runtime.engine import Engine
 
     engine = Engine.load(bundle, backend=backend, threads=threads)
     try:
-        if adapter is not None:
+        if adapter is None and hybrid is not None:
+            from crayon_runtime.customized import ADAPTER, state_folder
+
+            customized = state_folder(bundle) / ADAPTER
+            adapter = str(customized) if customized.is_dir() else None
+        if adapter is not None and adapter != "none":
             engine.set_adapter(adapter)
     except BaseException:
         engine.close()
@@ -236,50 +253,15 @@ def _load(bundle: Path, backend: str, threads: int | None, adapter: str | None) 
     return engine
 
 
-def _serve(
-    engine: Engine,
-    bundle: Path,
-    address: str,
-    api_key_file: Path | None,
-    adapter: str | None,
-    defaults: dict[str, Any],
-    waiting: int,
-    conversations: int,
-) -> None:
-    """Serve until interrupted."""
-    from crayon_runtime.customize import state_folder
-
-    try:
-        from crayon_runtime.server import create_app
-        from crayon_runtime.server.asgi import is_loopback, listen, parse_address, read_key
-        from crayon_runtime.server.serve import serve
-    except ModuleNotFoundError as e:
-        if (e.name or "").startswith("crayon_"):
-            raise
-        raise MissingExtra("serve", "crayon run --serve") from e
-    api_key = read_key(api_key_file) if api_key_file else None
-    host, port = parse_address(address)
-    with listen(host, port) as listening:
-        loopback = is_loopback(listening)
-        if not loopback and api_key is None:
-            raise InvalidInput(
-                "others than this machine reach this address, so a key is needed",
-                where=f"--serve {address}",
-                do="add --api-key-file FILE, or serve 127.0.0.1",
-            )
-        app = create_app(
-            engine,
-            customized=state_folder(bundle),
-            adapter=adapter,
-            defaults=cast("GenerateOptions", defaults),
-            waiting=waiting,
-            conversations=conversations,
-            api_key=api_key,
-            loopback=loopback,
-        )
-        where = f"[{host}]" if ":" in host else host
-        note(f"serving {bundle} at http://{where}:{listening.getsockname()[1]}/v1")
-        serve(app, listening)
+@contextmanager
+def _routing(engine: Engine, bundle: Path, hybrid: Hybrid | None) -> Iterator[Router | None]:
+    """What decides who answers, if anything was said of that."""
+    if hybrid is None:
+        yield None
+        return
+    with hybrid.router(engine, bundle) as router:
+        engine.router = router
+        yield router
 
 
 def _answer(engine: Engine, prompt: str | Sequence[int], options: dict[str, Any], *, show: bool) -> Generation:
@@ -293,6 +275,24 @@ def _answer(engine: Engine, prompt: str | Sequence[int], options: dict[str, Any]
         click.echo()
     note(_speed(stream.generation))
     return stream.generation
+
+
+def _routed(
+    router: Router, prompt: str | Sequence[int], query: str, options: dict[str, Any], *, show: bool
+) -> tuple[Answer, bool]:
+    """As `_answer`, from the device or the server; and whether Ctrl-C ended it."""
+    live = show and sys.stdout.isatty()
+    with _ctrl_c() as cancel, router.stream(prompt, query=query.strip(), **options, cancel=cancel) as stream:
+        if show:
+            show_answer(stream, live=live)
+        else:
+            for _ in stream:
+                pass
+    answer = stream.answer
+    note(route_text(answer))
+    if answer.generation is not None:
+        note(_speed(answer.generation))
+    return answer, cancel.is_set()
 
 
 @contextmanager
