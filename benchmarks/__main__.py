@@ -25,6 +25,7 @@ NAMES = (
     "customize",
     "service",
     "customization",
+    "routing",
     "llama7b",
 )
 

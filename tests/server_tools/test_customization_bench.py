@@ -109,7 +109,7 @@ def test_the_device_answers_as_the_float_model_does_with_the_same_pool(bench, de
     """With a pool of which only the second LoRA is anything: the device must blend what was trained."""
     import torch
 
-    with bench._pool("groups", TINY) as pool:
+    with bench.pool("groups", TINY) as pool:
         with torch.no_grad():
             for n, (_, b) in enumerate(pool.loras.matrices.values()):
                 b.zero_()
@@ -152,7 +152,7 @@ def test_long_examples_are_left_out(bench, monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_a_refined_alpha_is_no_worse_on_the_examples(bench) -> None:
-    with bench._pool("groups", TINY) as pool:
+    with bench.pool("groups", TINY) as pool:
         refined = bench._refined(pool, 0)
         for user, before, after in zip(USERS, pool.alphas, refined, strict=True):
             log_loss = bench._log_loss(user, pool.loras)

@@ -1,4 +1,4 @@
-"""crayon bench customization and qa."""
+"""crayon bench customization, routing and qa."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from crayon_runtime.cli.common import PATH, json_option, note, print_json, print_table, print_text
+from crayon_runtime.files import atomic_file
 from crayon_server.cli import quiet
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def bench() -> None:
-    """Measure what customization gains."""
+    """Measure what customization gains, and what routing saves."""
 
 
 @bench.command()
@@ -33,12 +34,8 @@ def customization(
     from crayon_server.evaluate.customization import run
     from crayon_server.pool.build import Settings
 
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise click.BadParameter("integers separated by commas", param_hint="--seeds") from None
     with quiet():
-        result = run(users, numbers, Settings(steps=steps, threads=threads), say=note, jobs=jobs)
+        result = run(users, _numbers(seeds), Settings(steps=steps, threads=threads), say=note, jobs=jobs)
     if as_json:
         print_json(result)
         return
@@ -58,8 +55,98 @@ def customization(
     )
 
 
+def _numbers(seeds: str) -> list[int]:
+    try:
+        return [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise click.BadParameter("integers separated by commas", param_hint="--seeds") from None
+
+
 def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
+
+
+@bench.command()
+@click.option("--users", type=click.Choice(["validation", "test"]), default="validation", show_default=True)
+@click.option("--seeds", default="0,1,2", show_default=True, help="Of the training, separated by commas.")
+@click.option("--limit", type=click.IntRange(min=1), help="Users that are reported.  [default: all]")
+@click.option("--server", "server_dir", type=PATH, help="A Hugging Face folder.  [default: the embedded server model]")
+@click.option("--plot", type=PATH, help="Draw what calls buy into this SVG file.")
+@click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True, help="Of every training.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Seeds at the same time.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of each job.  [default: all]")
+@json_option
+def routing(
+    users: Literal["validation", "test"],
+    seeds: str,
+    limit: int | None,
+    server_dir: Path | None,
+    plot: Path | None,
+    steps: int,
+    jobs: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """When a customized phone assistant asks a server: every signal and policy, and what they save."""
+    from crayon_server.evaluate.routing import run
+    from crayon_server.evaluate.routing.plot import draw
+    from crayon_server.pool.build import Settings
+
+    settings = Settings(steps=steps, threads=threads)
+    with quiet():
+        result = run(users, _numbers(seeds), settings, note, server_dir=server_dir, limit=limit, jobs=jobs)
+    if plot is not None:
+        with atomic_file(plot) as file:
+            file.write(draw(result))
+    if as_json:
+        print_json(result)
+        return
+    for measure, rows in result["rows"].items():
+        _print_routing(measure, rows)
+        for part, more in result["differences"][measure].items():
+            if more is not None:
+                print_text(f"calibrated less log_probability, AUROC {part}: {_interval(more)}")
+    right = result["accuracy"]
+    parts = list(right["device"]["exact"])
+    print_table(
+        ["right", "measure", *parts],
+        (
+            [who, measure, *(_cell(shares[part]) for part in parts)]
+            for who, measures in right.items()
+            for measure, shares in measures.items()
+        ),
+    )
+    for measure in ("useful", "oracle_server"):
+        _print_early(measure, result["early"][measure])
+    counts = result["users"]
+    print_text(
+        f"{counts['reported']} users; policies are fitted on {counts['fitted']} others, "
+        f"for {result['budget']:.0%} of calls; {result['device_tokens']:.1f} tokens an answer"
+    )
+
+
+def _print_routing(measure: str, rows: dict[str, dict[str, Any]]) -> None:
+    found = ("auroc", "auroc_in_task", "auroc_other_domain", "auroc_out_of_task")
+    bought = ("apgr", "cpt_50", "cpt_80", "calls_saved", "calls", "accuracy")
+    print_table(
+        [measure, *found, *bought],
+        (
+            [name, *("" if row[c] is None else _interval(row[c]) for c in found), *(_cell(row[c]) for c in bought)]
+            for name, row in rows.items()
+        ),
+    )
+
+
+def _print_early(measure: str, rows: list[dict[str, Any]]) -> None:
+    """What deciding early costs and saves."""
+    shares = list(rows[0]["tokens"])
+    print_table(
+        [f"early, {measure}: tokens", "apgr", "at the end", *(f"tokens at {float(s):.0%} of calls" for s in shares)],
+        (
+            [str(row["after"]), _cell(row["apgr"]), _cell(row["apgr_at_the_end"]), *map(_cell, row["tokens"].values())]
+            for row in rows
+        ),
+    )
 
 
 @bench.command()

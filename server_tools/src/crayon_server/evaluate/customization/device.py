@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from crayon_runtime.backends.base import Adapter
+    from crayon_runtime.bundle import Bundle
+    from crayon_runtime.pool import TypicalText
     from crayon_server.data.phone_assistant import Example, User
     from crayon_server.pool.build import Located, Settings
     from crayon_server.pool.joint import JointLoras
@@ -61,7 +63,7 @@ class Device:
         pairs = [(e.prompt, e.completion) for e in examples]
         return Embeddings(*(self.engine.embed(pairs, part=part, base=True) for part in ("prompt", "answer", "all")))
 
-    def write_pool(self, name: str, located: Located, loras: JointLoras) -> Pool:
+    def write_pool(self, name: str, located: Located, loras: JointLoras, typical: Sequence[TypicalText] = ()) -> Pool:
         """A pool as a server has it, of LoRAs that were trained here."""
         model, recipe = self.bundle.model, located.recipe
         manifest = PoolManifest(
@@ -80,7 +82,7 @@ class Device:
             settings={},
         )
         adapters = ((None, loras.lora(n)) for n in range(self.settings.adapters))
-        return write_pool(self.folder / name, manifest, located.projection, adapters, replace=True)
+        return write_pool(self.folder / name, manifest, located.projection, adapters, typical=typical, replace=True)
 
     def alphas(self, pool: Pool) -> Floats:
         """What each user's examples give here, float32 [users, N]."""
@@ -91,23 +93,26 @@ class Device:
         """Answer all queries, each user's with the adapter that is blended for them; without a pool with the base."""
         answers, texts = [], iter(self.texts)
         for n, user in enumerate(self.users):
-            adapter = None if pool is None or alphas is None else self._blended(pool, alphas[n])
+            adapter = (
+                None if pool is None or alphas is None else self.engine.read_adapter(self.blended(pool, alphas[n]))
+            )
             self.engine.set_adapter(adapter)
             answers += [self._answer(query, next(texts), adapter) for query in user.queries]
         exact, intent, structure, log_loss = zip(*answers, strict=True)
         return Answers(np.array(exact), np.array(intent), np.array(structure), np.array(log_loss, np.float32))
 
-    def _blended(self, pool: Pool, alpha: Floats) -> Adapter:
-        bundle = write_adapter_bundle(
+    def blended(self, pool: Pool, alpha: Floats) -> Bundle:
+        """The adapter of one user, with the prototypes that alpha picks where the pool has some; it replaces the one before."""
+        return write_adapter_bundle(
             pool.blend(alpha),
             self.folder / "adapter",
             name="blended",
             base_fingerprint=pool.manifest.base_fingerprint,
             dtype="fp16",
             pool=pool.manifest.origin,
+            prototypes=pool.prototypes.picked(alpha) if pool.prototypes else None,
             replace=True,
         )
-        return self.engine.read_adapter(bundle)
 
     def _answer(self, query: Example, text: Tokens, adapter: Adapter | None) -> tuple[bool, bool, bool, float]:
         generation = self.engine.generate(query.prompt, max_new_tokens=MAX_NEW_TOKENS)

@@ -135,9 +135,9 @@ class Customization:
         one = dataclasses.replace(own, adapters=1)
         rows["single_lora"] = self._for_everybody(one)
         rows["single_lora_nr"] = self._for_everybody(dataclasses.replace(one, rank=own.rank * own.adapters))
-        with self._pool("groups", dataclasses.replace(own, weighting=Weighting("topk", top_k=1))) as pool:
+        with self.pool("groups", dataclasses.replace(own, weighting=Weighting("topk", top_k=1))) as pool:
             rows["nearest"] = self._answer(pool.loras, pool.alphas)
-        with self._pool("groups", own) as pool:
+        with self.pool("groups", own) as pool:
             rows["uniform"] = self._answer(pool.loras, np.full_like(pool.alphas, 1 / own.adapters))
             rows["crayon"] = self._answer(pool.loras, pool.alphas)
             rows["crayon_refined"] = self._answer(pool.loras, self._refined(pool, seed))
@@ -147,7 +147,7 @@ class Customization:
             rows["crayon_int4"] = device.answer(kept, on_device)
             rows["crayon_int4_float_alpha"] = device.answer(kept, pool.alphas)
             agreements = {"crayon": agreement(on_device, pool.alphas)}
-        with self._pool("residual", own) as pool:
+        with self.pool("residual", own) as pool:
             rows["crayon_no_groups"] = self._answer(pool.loras, pool.alphas)
             kept = device.write_pool("crayon_no_groups", pool.located, pool.loras)
             on_device = device.alphas(kept)
@@ -158,36 +158,21 @@ class Customization:
             self._alphas(located, [device.embed(user.examples) for user in self.users]),
             self._alphas(located, self.examples),
         )
-        with self._pool("paper", own) as pool:
+        with self.pool("paper", own) as pool:
             rows["crayon_paper"] = self._answer(pool.loras, pool.alphas)
         rows["tuned_on_10"] = self._tuned(seed)
         rows["oracle"] = self._oracle(dataclasses.replace(own, adapters=len(self.users)))
         return Measured(dict(rows), agreements, costs)
 
     def few_shot_texts(self) -> list[Tokens]:
-        """The queries after their user's examples, one exchange after the other, as in a conversation.
-
-        The first examples are left out where the context would not hold all, the query and an answer.
-        """
-        texts, queries = [], iter(self.query_texts)
-        for user in self.users:
-            examples = self.model.tokenize(user.examples)
-            for _ in user.queries:
-                query = next(queries)
-                room = models.CONTEXT_LENGTH - MAX_NEW_TOKENS - query.in_completion.index(True)
-                shown = examples
-                while sum(len(text.ids) for text in shown) > room:
-                    shown = shown[1:]
-                given = [i for text in shown for i in text.ids]
-                texts.append(Tokens([*given, *query.ids], [*(False for _ in given), *query.in_completion]))
-        return texts
+        return few_shot_texts(self.model, self.users)
 
     def _for_everybody(self, settings: Settings) -> Answers:
         with _trained(self.model, self.texts, _ones, settings) as loras:
             return self._answer(loras, np.ones((len(self.users), 1), np.float32))
 
     @contextmanager
-    def _pool(self, recipe: Recipe, settings: Settings) -> Iterator[Pool]:
+    def pool(self, recipe: Recipe, settings: Settings) -> Iterator[Pool]:
         settings = dataclasses.replace(settings, recipe=recipe)
         located = locate(self.embeddings, self.groups, settings)
         with _trained(self.model, self.texts, training_weights(located, settings), settings) as loras:
@@ -279,6 +264,24 @@ def _trained(model: FloatModel, texts: Sequence[Tokens], weights: Weights, setti
         yield loras
     finally:
         loras.remove()
+
+
+def few_shot_texts(model: FloatModel, users: Sequence[User]) -> list[Tokens]:
+    """The queries of all users after their user's examples, one exchange after the other, as in a conversation.
+
+    The first examples are left out where the context would not hold all, the query and an answer.
+    """
+    texts = []
+    for user in users:
+        examples = model.tokenize(user.examples)
+        for query in model.tokenize(user.queries):
+            room = models.CONTEXT_LENGTH - MAX_NEW_TOKENS - query.in_completion.index(True)
+            shown = examples
+            while sum(len(text.ids) for text in shown) > room:
+                shown = shown[1:]
+            given = [i for text in shown for i in text.ids]
+            texts.append(Tokens([*given, *query.ids], [*(False for _ in given), *query.in_completion]))
+    return texts
 
 
 def agreement(device: Floats, server: Floats) -> Agreement:
