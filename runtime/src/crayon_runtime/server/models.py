@@ -18,22 +18,31 @@ if TYPE_CHECKING:
     from crayon_runtime.generation import AdapterLike
 
 
+HYBRID = "hybrid"
+"""The model whose answers come from the device or from the server LLM."""
+
+
 class Models:
     """Names, and what answers to them. Any number of threads may ask.
 
     Args:
-        adapter: one more, wherever it came from.
+        adapter: one more, wherever it came from; "none" is none, and that `HYBRID` answers with the base on the device.
+        hybrid: there is a server LLM to ask.
         customized: the folder where `crayon customize` keeps its adapter. It is looked at for each request, so that a new one answers from
             then on.
     """
 
-    def __init__(self, engine: Engine, customized: Path, adapter: AdapterLike | None = None) -> None:
+    def __init__(
+        self, engine: Engine, customized: Path, adapter: AdapterLike | None = None, *, hybrid: bool = False
+    ) -> None:
         if engine.bundle is None:
             raise InvalidInput("an engine without a bundle cannot be served", do="make it with Engine.load")
         self._engine = engine
         self._bundle = engine.bundle
         self._customized = customized / ADAPTER
-        self._given = engine.find_adapter(adapter)
+        self._prefers_base = adapter == "none"
+        self._given = engine.find_adapter(None if adapter == "none" else adapter)
+        self.hybrid = hybrid
         self.base = engine.bundle.model.name
 
     @property
@@ -47,7 +56,7 @@ class Models:
         return int((self._bundle.path / "manifest.json").stat().st_mtime)
 
     def names(self) -> list[str]:
-        """The base first. Where two adapters have one name, the first of: given at the start, customized, in the bundle."""
+        """The base first, then `HYBRID`. Where two adapters have one name, the first of: given at the start, customized, in the bundle."""
         return list(dict.fromkeys(self._names()))
 
     def adapter(self, name: str) -> Adapter | None:
@@ -58,6 +67,8 @@ class Models:
         """
         if name == self.base:
             return None
+        if self.hybrid and name == HYBRID:
+            raise Refused(400, f"{HYBRID!r} answers chats; choose another model for this", param="model")
         if self._given and name == self._given.name:
             return self._given
         if name not in self.names():
@@ -68,6 +79,16 @@ class Models:
             message = f"the adapter {name!r} cannot be used: {e.what}"
             raise Refused(404, message, param="model", code="model_not_found") from e
 
+    def preferred(self) -> Adapter | None:
+        """What the device answers with as `HYBRID`: the adapter that was given at the start, or else the customized one, or else the base.
+
+        Raises:
+            Refused: the customized one cannot be used.
+        """
+        if self._given:
+            return self._given
+        return self.adapter(NAME) if self._customized.is_dir() and not self._prefers_base else None
+
     def unknown(self, name: str) -> Refused:
         """What is said of a name that nothing answers to."""
         there = ", ".join(map(repr, self.names()))
@@ -75,6 +96,8 @@ class Models:
 
     def _names(self) -> Iterator[str]:
         yield self.base
+        if self.hybrid:
+            yield HYBRID
         if self._given:
             yield self._given.name
         if self._customized.is_dir():

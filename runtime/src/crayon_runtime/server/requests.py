@@ -2,7 +2,7 @@
 
 A field that would change the answer and is not supported may be sent with the value that changes nothing, and is refused with any other;
 a field that is not known is refused too, so that nothing that was asked for is silently left out. Beyond OpenAI's fields there are
-`top_k`, `min_p` and `repetition_penalty`.
+`top_k`, `min_p`, `repetition_penalty`, and `crayon` for the model `hybrid`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from msgspec import Meta, Struct
 from crayon_runtime.errors import InvalidInput
 from crayon_runtime.request import prompt_ids
 from crayon_runtime.server.errors import Refused
+from crayon_runtime.server.tools import Call, Tool, ToolChoice, Wanted, choose
 
 if TYPE_CHECKING:
     from crayon_runtime.generation import GenerateOptions
@@ -67,21 +68,63 @@ class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
     text: str
 
 
-class Message(Struct, frozen=True, forbid_unknown_fields=True):
-    """One turn. What only answers have is accepted empty, so that an answer can be sent back as it came."""
-
-    role: Literal["system", "developer", "user", "assistant"]
+class _Message(Struct, frozen=True, forbid_unknown_fields=True, tag_field="role"):
     content: str | list[TextPart]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As chat templates want it."""
+        return {"role": self.__struct_config__.tag, "content": _joined(self.content)}
+
+
+class SystemMessage(_Message, frozen=True, forbid_unknown_fields=True, tag="system"):
+    pass
+
+
+class DeveloperMessage(_Message, frozen=True, forbid_unknown_fields=True, tag="developer"):
+    """What OpenAI calls the system now."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"role": "system", "content": _joined(self.content)}
+
+
+class UserMessage(_Message, frozen=True, forbid_unknown_fields=True, tag="user"):
+    pass
+
+
+class AssistantMessage(Struct, frozen=True, forbid_unknown_fields=True, tag_field="role", tag="assistant"):
+    """What was answered before. What only OpenAI's answers have is accepted empty, so that an answer can be sent back as it came."""
+
+    content: str | list[TextPart] | None = None
+    tool_calls: list[Call] | None = None
     refusal: None = None
     annotations: _Nothing | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: _Nothing | None = None
 
-    def to_dict(self) -> dict[str, str]:
-        """As chat templates want it: "developer" is what OpenAI calls the system now."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    def to_dict(self) -> dict[str, Any]:
+        """As chat templates want it."""
+        if self.content is None and not self.tool_calls:
+            raise InvalidInput("a message of the assistant has neither content nor tool_calls", where="messages")
+        calls = {"tool_calls": [call.to_dict() for call in self.tool_calls]} if self.tool_calls else {}
+        return {"role": "assistant", "content": _joined(self.content or ""), **calls}
+
+
+class ToolMessage(Struct, frozen=True, forbid_unknown_fields=True, tag_field="role", tag="tool"):
+    """What a call came to."""
+
+    content: str | list[TextPart]
+    tool_call_id: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As chat templates want it."""
+        return {"role": "tool", "content": _joined(self.content), "tool_call_id": self.tool_call_id}
+
+
+Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
+
+
+def _joined(content: str | list[TextPart]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -110,9 +153,14 @@ class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return self.max_tokens
 
     @property
-    def schema(self) -> str | None:
-        """The JSON schema, as text, of what the answer must be; None: any text."""
+    def wanted(self) -> Wanted | None:
+        """What the answer must be; None: any text."""
         return None
+
+    @property
+    def top(self) -> int | None:
+        """Of how many of the most likely tokens to tell the log-probabilities; None: not even of those that were sampled."""
+        raise NotImplementedError
 
     @property
     def include_usage(self) -> bool:
@@ -131,8 +179,16 @@ class Sampled(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             "repetition_penalty": self.repetition_penalty,
             "seed": self.seed if self.seed is None else self.seed % 2**64,
             "stop": self.stop,
+            "top_log_probabilities": self.top,
         }
         return {**defaults, **{name: value for name, value in asked.items() if value is not None}}  # type: ignore[typeddict-item]
+
+
+class CrayonOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    """For the model `hybrid`."""
+
+    drafts: bool | None = False
+    """Stream what the device says before it is known whether that stays: chunks without choices, with `crayon.draft`."""
 
 
 class ChatRequest(Sampled, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -142,11 +198,12 @@ class ChatRequest(Sampled, frozen=True, forbid_unknown_fields=True, kw_only=True
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = False
 
-    top_logprobs: Annotated[int, Meta(ge=0, le=0)] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
-    tools: _Nothing | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    """Whether an answer may call several tools; here it never does."""
     functions: _Nothing | None = None
     function_call: Literal["none", "auto"] | None = None
     modalities: Annotated[list[Literal["text"]], Meta(min_length=1, max_length=1)] | None = None
@@ -161,23 +218,38 @@ class ChatRequest(Sampled, frozen=True, forbid_unknown_fields=True, kw_only=True
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    crayon: CrayonOptions | None = None
 
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def schema(self) -> str | None:
-        match self.response_format:
-            case JsonObjectFormat():
-                return '{"type": "object"}'
-            case JsonSchemaFormat(json_schema=wanted):
-                return msgspec.json.encode(wanted.schema).decode()
-        return None
+    def query(self) -> str:
+        """What a server LLM is asked: the last message of the user, without anything around it."""
+        asked = [message.to_dict()["content"] for message in self.messages if isinstance(message, UserMessage)]
+        return asked[-1].strip() if asked else ""
 
     @property
-    def wants_logprobs(self) -> bool:
-        return bool(self.logprobs)
+    def wanted(self) -> Wanted | None:
+        tools = choose(self.tools, self.tool_choice)
+        match self.response_format:
+            case JsonObjectFormat():
+                schema = '{"type": "object"}'
+            case JsonSchemaFormat(json_schema=wanted):
+                schema = msgspec.json.encode(wanted.schema).decode()
+            case _:
+                return tools
+        if tools:
+            message = (
+                'an answer is a call or meets a schema, not either: leave one of them out, or send tool_choice "none"'
+            )
+            raise Refused(400, message, param="response_format")
+        return Wanted("response_format", schema)
+
+    @property
+    def top(self) -> int | None:
+        return self.top_logprobs or (0 if self.logprobs else None)
 
     def ids(self, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
         """The prompt. Without a chat template it is the one message there is, to be continued as it is.
@@ -187,7 +259,15 @@ class ChatRequest(Sampled, frozen=True, forbid_unknown_fields=True, kw_only=True
         """
         messages = [message.to_dict() for message in self.messages]
         if tokenizer.has_chat_template:
-            return tokenizer.apply_chat_template(messages)
+            calls = any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+            if calls and not tokenizer.takes_calls:
+                raise InvalidInput(
+                    "this model's chat template knows no calls of tools",
+                    where="messages",
+                    do="tell what a tool answered in a message of the user",
+                )
+            tools = [tool.to_dict() for tool in self.tools or ()] if self.tool_choice != "none" else []
+            return tokenizer.apply_chat_template(messages, tools=tools or None)
         if len(messages) > 1 or messages[0]["role"] != "user":
             raise InvalidInput(
                 "this model has no chat template, so it knows no conversation",
@@ -201,16 +281,16 @@ class CompletionRequest(Sampled, frozen=True, forbid_unknown_fields=True, kw_onl
     """The body of POST /v1/completions."""
 
     prompt: _Text | Annotated[list[int | str], Meta(min_length=1)]
-    logprobs: Annotated[int, Meta(ge=0, le=0)] | None = None
-    """0: of the tokens that were sampled."""
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+    """0: of the tokens that were sampled; above: of so many of the most likely ones, too."""
 
     suffix: Annotated[str, Meta(max_length=0)] | None = None
     echo: _No | None = None
     best_of: Literal[1] | None = None
 
     @property
-    def wants_logprobs(self) -> bool:
-        return self.logprobs is not None
+    def top(self) -> int | None:
+        return self.logprobs
 
     def ids(self, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
         """The prompt: a text, alone or in a list, or token ids, which are fed as they are."""
@@ -236,14 +316,14 @@ class EmbeddingRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return [self.input] if isinstance(self.input, str) else self.input
 
 
-Body = TypeVar("Body", ChatRequest, CompletionRequest, EmbeddingRequest)
+Body = TypeVar("Body", bound=Struct)
 
 _PATH = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.S)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.S)
 _UNSUPPORTED = re.compile(
-    r"n|frequency_penalty|presence_penalty|logit_bias|top_logprobs|response_format\b.*|tools|tool_choice|functions|function_call"
+    r"n|frequency_penalty|presence_penalty|logit_bias|response_format\b.*|tools\[.*\]\.type|tool_choice|functions|function_call"
     r"|modalities\b.*|audio|prediction|reasoning_effort|verbosity|web_search_options|store|service_tier|suffix|echo|best_of|dimensions"
-    r"|messages\[.*\]\.(content\[.*\]\.type|refusal|audio|function_call|tool_calls|annotations)"
+    r"|messages\[.*\]\.(content\[.*\]\.type|refusal|audio|function_call|annotations)"
 )
 
 
