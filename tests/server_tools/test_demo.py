@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,19 @@ from crayon_runtime.bundle import Bundle
 from crayon_runtime.customize import PARTS as MEASURED
 from crayon_runtime.errors import BackendError, OutputError
 from crayon_runtime.pool import Pool
+from crayon_runtime.prototypes import read_prototypes
+from crayon_runtime.routing import SentLog, sent_log_path
+from crayon_runtime.routing.policies import Route
 from crayon_runtime.signing import KeyStore, TrustedKeys, verify_signature
 from crayon_server.cli import demo as cli
-from crayon_server.data.phone_assistant import benchmark, more_examples
-from crayon_server.demo import page, story
+from crayon_server.data.phone_assistant import benchmark, more_examples, useful
+from crayon_server.demo import hybrid, page, story
 from crayon_server.demo.device import Text
-from crayon_server.demo.report import DemoReport
+from crayon_server.demo.report import CHAT, Asked, DemoReport, Judged
 from crayon_server.demo.service import serving
 from crayon_server.demo.wire import Wire, split
-from crayon_server.models import load_nano
+from crayon_server.evaluate.exact_match import MAX_NEW_TOKENS
+from crayon_server.models import load_nano, load_nano_server
 from crayon_server.pool.build import Settings as PoolSettings
 from tests.runtime import pools
 from tests.support import needs
@@ -45,6 +50,7 @@ QUICK = story.Settings(
     oracle_texts=24,
     oracle_steps=5,
     queries=3,
+    mixed=(4, 2, 3),
     threads=1,
 )
 
@@ -105,6 +111,9 @@ def test_no_training_has_the_answer_of_a_query(tmp_path: Path) -> None:
     for user in told.users.values():
         trained = [e for _, e in told.texts] + [*user.examples, *more_examples(user, told.settings.oracle_texts)]
         assert not {e.completion for e in trained} & {query.completion for query in user.queries}
+    asked = {query.completion for queries in told.mixed.values() for _, query in queries}
+    assert len(asked) > 90
+    assert not {e.completion for _, e in told.texts} & asked
     assert len(told.texts) > 6000
 
 
@@ -148,9 +157,9 @@ def test_parameters_are_counted_as_transformers_does(done: tuple[Path, DemoRepor
 # What is sent
 
 
-def test_no_word_of_a_user_is_sent(done: tuple[Path, DemoReport]) -> None:
+def test_no_word_of_a_user_is_sent_to_customize(done: tuple[Path, DemoReport]) -> None:
     for person in done[1].people:
-        said = "".join(message.request_head + message.request_body for message in person.messages).lower()
+        said = "".join(message.request_head + message.request_body for message in person.customizing).lower()
         texts = [text for pair in person.examples for text in pair]
         words = {word for text in texts for word in re.findall(r"[a-z]{4,}", text.lower())}
         assert len(words) > 20
@@ -162,9 +171,15 @@ def test_what_is_shown_is_what_the_service_received(done: tuple[Path, DemoReport
     """Asked with the very bytes that the report shows, another process of the service gives the very adapter."""
     httpx = needs.module("httpx")
     out, report = done
-    with serving(out / "server/pool", out / "server/keys", tmp_path / "log") as (host, port):
+    with serving(
+        out / "server/pool",
+        out / "server/keys",
+        tmp_path / "log",
+        upstream=load_nano_server(),
+        cache=tmp_path / "cache",
+    ) as (host, port):
         for person in report.people:
-            sent = person.asked
+            sent = person.order
             assert len(sent.request_body.encode()) == sent.request_bytes[1]
             assert f"content-length: {sent.request_bytes[1]}\r\n" in sent.request_head.lower()
             assert json.loads(sent.request_body)["alpha"] == person.alpha
@@ -177,11 +192,111 @@ def test_what_is_shown_is_what_the_service_received(done: tuple[Path, DemoReport
 def test_the_service_counts_the_same_bytes(done: tuple[Path, DemoReport]) -> None:
     out, report = done
     log = [json.loads(line) for line in (out / "server/service.log").read_text().splitlines() if line[0] == "{"]
-    messages = [message for person in report.people for message in person.messages]
-    assert [line["bytes"] for line in log] == [message.response_bytes[1] for message in messages]
-    assert [line["method"] for line in log] == [message.request_head.split()[0] for message in messages]
+    messages = [message for person in report.people for message in (*person.customizing, *person.chat)]
     assert {message.response_head.split()[1] for message in messages} == {"200"}
-    assert [line["ms"] for line in log] == [message.service_ms for message in messages]
+    of_devices = [line for line in log if line["route"] != CHAT] + [line for line in log if line["route"] == CHAT]
+    messages = [message for person in report.people for message in person.customizing]
+    messages += [message for person in report.people for message in person.chat]
+    for line, message in zip(of_devices, messages, strict=False):  # what follows is what the demo itself has asked
+        assert line["method"] == message.request_head.split()[0]
+        assert line["ms"] == message.service_ms
+        if line["route"] == CHAT:  # its chunks have sizes, which the service does not count
+            assert 0 < message.response_bytes[1] - line["bytes"] < message.response_bytes[1] / 4
+        else:
+            assert line["bytes"] == message.response_bytes[1]
+    queries = {query.prompt for person in report.people for query in person.asked}
+    routed = {query.prompt for person in report.people for query in person.asked if query.route == "server"}
+    assert len(of_devices) == len(messages) + len(queries - routed)
+
+
+def test_what_leaves_with_a_query_is_the_query(done: tuple[Path, DemoReport]) -> None:
+    out, report = done
+    for person in report.people:
+        sent = [query for query in person.asked if query.route == "server"]
+        assert sent
+        assert len(sent) == len(person.chat)
+        assert not any(query.fallback for query in person.asked)
+        for query, message in zip(sent, person.chat, strict=True):
+            assert json.loads(message.request_body) == {
+                "model": "default",
+                "messages": [{"role": "user", "content": query.prompt}],
+                "stream": True,
+                "max_tokens": MAX_NEW_TOKENS,
+            }
+            assert query.sent_bytes == message.request_bytes[1] == len(message.request_body.encode())
+            assert query.server_tokens > 0
+        log = SentLog(sent_log_path(out / "device/customized" / person.name)).read()
+        assert [entry.query for entry in log] == [query.prompt for query in sent]
+        assert {entry.outcome for entry in log} == {"answered"}
+        assert person.examples_sent == 0
+        prompt, completion = person.examples[0]
+        leaky = replace(person.chat[0], request_body=json.dumps({"content": completion}))
+        assert replace(person, messages=(leaky, replace(leaky, request_body=prompt))).examples_sent == 1
+
+
+# Who answers
+
+
+def test_who_answers(done: tuple[Path, DemoReport]) -> None:
+    everybody = {user.name: user for user in benchmark().validation}
+    for person in done[1].people:
+        user = everybody[person.user]
+        wanted = [*user.queries[:4], *user.out_of_task[:2], *user.server_only[:3]]
+        assert [query.wanted for query in person.asked] == [query.completion for query in wanted]
+        assert [query.part for query in person.asked] == ["in_task"] * 4 + ["other_domain"] * 2 + ["server_only"] * 3
+        for query, example in zip(person.asked, wanted, strict=True):
+            assert query.text == (query.by_server if query.route == "server" else query.draft)
+            assert (query.score is None or query.score < query.threshold) == (query.route == "server")
+            for judged, answer in ((query.draft_is, query.draft), (query.by_server_is, query.by_server)):
+                assert judged.exact == (answer == example.completion)
+                assert judged.useful == useful(answer, example)
+            assert query.shown_is == (query.by_server_is if query.route == "server" else query.draft_is)
+    beyond = [query for person in done[1].people for query in person.asked if query.part == "server_only"]
+    assert any(query.by_server_is.useful for query in beyond)
+    assert not any(query.draft_is.useful for query in beyond)
+
+
+def test_the_policy_lies_on_its_curve(done: tuple[Path, DemoReport]) -> None:
+    queries = [query for person in done[1].people for query in person.asked]
+    for measure, curve in done[1].routing.curves.items():
+        assert curve.policy_calls == sum(query.route == "server" for query in queries) / len(queries)
+        assert np.interp(curve.policy_calls, curve.calls, curve.accuracy) == pytest.approx(curve.policy_accuracy)
+        assert curve.device == pytest.approx(np.mean([getattr(query.draft_is, measure) for query in queries]))
+        assert curve.server == pytest.approx(np.mean([getattr(query.by_server_is, measure) for query in queries]))
+        best = np.interp(curve.calls, curve.oracle_calls, curve.oracle_accuracy)
+        assert (best >= np.array(curve.accuracy) - 1e-9).all()
+    useful_, exact = (done[1].routing.curves[measure].policy_accuracy for measure in ("useful", "exact"))
+    assert exact <= useful_
+
+
+def test_a_curve_of_answers_without_a_score_and_of_fallbacks() -> None:
+    right, wrong = Judged(exact=False, useful=True), Judged(exact=False, useful=False)
+
+    def query(score: float | None, draft: Judged, by_server: Judged, *, fallback: bool = False) -> Asked:
+        low = score is None or score < 0
+        shown = by_server if low and not fallback else draft
+        route: Route = "server" if low and not fallback else "device"
+        texts = ("q", "w", route, "why", fallback, score, 0.0, "shown", "draft", "server", shown, draft, by_server)
+        return Asked("in_task", *texts, 5, 6, 7, {})
+
+    queries = [query(None, wrong, right), query(-1, wrong, right, fallback=True), query(1, right, wrong)]
+    curve = hybrid.curves(queries)["useful"]
+    assert curve.calls == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert curve.accuracy == pytest.approx([1 / 3, 2 / 3, 1, 2 / 3])
+    assert (curve.policy_calls, curve.policy_accuracy) == pytest.approx((1 / 3, 2 / 3))  # one call has failed
+    assert curve.oracle_accuracy == pytest.approx([1 / 3, 1, 2 / 3])
+    assert hybrid.curves(queries)["exact"].apgr is None
+
+
+def test_the_pool_has_what_the_server_llm_says(done: tuple[Path, DemoReport]) -> None:
+    out, report = done
+    pool = Pool.open(out / "server/pool")
+    assert pool.manifest.prototypes is not None
+    assert pool.manifest.prototypes.count == report.routing.prototypes > 0
+    for person in report.people:
+        if person.installed:
+            adapter = Bundle.open(out / "device/customized" / person.name / "adapter")
+            assert read_prototypes(adapter, 96) is not None
 
 
 def test_the_adapters_are_signed_with_fresh_keys(done: tuple[Path, DemoReport]) -> None:
@@ -248,10 +363,17 @@ def test_the_page_stands_alone(done: tuple[Path, DemoReport]) -> None:
     text = "".join(parsed.text)
     assert "Alice, Clara and Bruno ask" in " ".join(text.split())
     for person in report.people:
-        assert person.asked.request_body in text
+        assert person.order.request_body in text
         for line in person.lines:
             assert all(said in text for said in (line.prompt, line.wanted, line.before, line.after))
+        for query in person.asked:
+            assert query.prompt in text
+            assert query.draft in text
+        assert all(message.request_body in text for message in person.chat)
     assert "convention never seen" in text
+    shown = " ".join(text.split())
+    for measure, curve in report.routing.curves.items():
+        assert f"{curve.policy_accuracy:.0%} right, {curve.policy_calls:.0%} to the server" in shown, measure
     assert "crayon bench customization" in text
 
 
@@ -263,7 +385,10 @@ def test_all_that_is_measured_is_shown(done: tuple[Path, DemoReport]) -> None:
 def test_the_summary(done: tuple[Path, DemoReport]) -> None:
     text = done[1].to_text()
     assert re.search(r"bruno, convention never seen\s+\d+%\s+\d+%\s+\d+%", text)
-    assert f"sent for alice: {done[1].people[0].asked.request_bytes[1]} B" in text
+    assert f"sent for alice: {done[1].people[0].order.request_bytes[1]} B" in text
+    assert re.search(
+        r"useful answers to 27 queries, 15 of them .*:\n\d+% by the device, \d+% by the server LLM, \d+% by both", text
+    )
 
 
 def test_the_command(done: tuple[Path, DemoReport], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -320,7 +445,8 @@ def _children(pid: int) -> list[int]:
 def test_the_service_ends_with_its_block(tmp_path: Path) -> None:
     needs.module("uvicorn")
     pool, keys = pools.write(tmp_path / "pool"), KeyStore.create(tmp_path / "keys")
-    with pytest.raises(KeyboardInterrupt), serving(pool.path, keys.path, tmp_path / "log") as address:
+    serves = serving(pool.path, keys.path, tmp_path / "log", upstream=load_nano_server(), cache=tmp_path / "cache")
+    with pytest.raises(KeyboardInterrupt), serves as address:
         socket.create_connection(address).close()
         raise KeyboardInterrupt
     with pytest.raises(ConnectionRefusedError):
@@ -330,7 +456,7 @@ def test_the_service_ends_with_its_block(tmp_path: Path) -> None:
 def test_a_service_that_does_not_start(tmp_path: Path) -> None:
     with (
         pytest.raises(BackendError, match=r"(?s)the service did not start.*no pool here"),
-        serving(tmp_path / "absent", tmp_path, tmp_path / "log"),
+        serving(tmp_path / "absent", tmp_path, tmp_path / "log", upstream=load_nano_server(), cache=tmp_path / "cache"),
     ):
         pass
 

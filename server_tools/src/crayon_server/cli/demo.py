@@ -21,8 +21,8 @@ from crayon_server.cli import quiet
 def demo(out: Path, threads: int | None, as_json: bool) -> None:
     """Show how ten examples change a device: about two minutes; ends with an HTML report.
 
-    A small model is exported to int4, a pool of LoRAs is built and served on this machine, and three users customize with ten examples
-    each. An earlier demo in the same folder is replaced.
+    A small model is exported to int4, a pool of LoRAs is built and served on this machine beside a larger model, and three users customize
+    with ten examples each; what their devices cannot answer then, they ask the larger one. An earlier demo in the same folder is replaced.
     """
     from crayon_server.demo.story import PAGE, Settings, run
 

@@ -6,6 +6,7 @@ Reads a `Job` from stdin and writes `Measurements` to stdout, both JSON.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import sys
 import time
@@ -21,11 +22,14 @@ from crayon_runtime.bundle import Bundle
 from crayon_runtime.customize import ADAPTER, customize
 from crayon_runtime.examples import answer_log_loss
 from crayon_runtime.remote import PoolClient
+from crayon_runtime.routing import Router, SentLog, ServerLLM, sent_log_path
+from crayon_runtime.routing.policies import Route
 from crayon_runtime.signing import TrustedKeys
 from crayon_server.evaluate.exact_match import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from crayon_runtime import Generation
+    from crayon_runtime.routing import Answer
 
 Model = Literal["before", "after", "oracle"]
 MODELS: tuple[Model, ...] = ("before", "after", "oracle")
@@ -42,15 +46,17 @@ class Person(msgspec.Struct, frozen=True):
     """One user of the device.
 
     Attributes:
-        url: of the service.
+        url: of the service, which has a server LLM too.
         examples: what the user customizes with.
         queries: to judge it by.
+        mixed: prompts that the server LLM may be asked too.
         oracle: an adapter bundle, to compare with.
     """
 
     url: str
     examples: list[Text]
     queries: list[Text]
+    mixed: list[str]
     oracle: str
 
 
@@ -79,6 +85,28 @@ class Run(msgspec.Struct):
     log_loss: float
 
 
+class Routed(msgspec.Struct):
+    """An answer that may be the server LLM's: of `crayon_runtime.routing.Answer` what JSON can hold.
+
+    Attributes:
+        draft: what the device says, whether or not it was shown.
+        score: None if there was no usable signal.
+    """
+
+    text: str
+    draft: str
+    route: Route
+    reason: str
+    fallback: bool
+    policy: str
+    score: float | None
+    threshold: float
+    device_tokens: int
+    server_tokens: int
+    sent_bytes: int
+    seconds: dict[str, float]
+
+
 class Customized(msgspec.Struct):
     """What came of one customization, and how long its parts took.
 
@@ -97,6 +125,7 @@ class Customized(msgspec.Struct):
     seconds: dict[str, float]
     total_seconds: float
     runs: dict[Model, Run]
+    routed: list[Routed]
 
 
 class Measurements(msgspec.Struct):
@@ -139,6 +168,8 @@ def measure(job: Job) -> Measurements:
                 generation = engine.generate(text.prompt, max_new_tokens=MAX_NEW_TOKENS)
                 people[name].runs[model].answers.append(generation.text)
                 speeds[model].add(generation)
+        for name, person in job.people.items():
+            people[name].routed = _ask(engine, adapters[name], Path(job.folder, name), person)
         swaps = [_swap_ms(engine, list(adapters.values())[i % len(adapters)]) for i in range(SWAPS)]
         peak_rss_bytes = _peak_rss_bytes()
         for name, person in job.people.items():
@@ -176,6 +207,32 @@ def _customize(engine: Engine, job: Job, name: str, person: Person) -> Customize
         seconds=done.seconds,
         total_seconds=total_seconds,
         runs={model: Run([], 0.0) for model in MODELS},
+        routed=[],
+    )
+
+
+def _ask(engine: Engine, adapter: Bundle | None, folder: Path, person: Person) -> list[Routed]:
+    """Everything of the mixed queries, with the policy that a device has right after it was customized."""
+    engine.set_adapter(adapter)
+    with ServerLLM(person.url) as server:
+        router = Router(engine, server=server, log=SentLog(sent_log_path(folder)), folder=folder)
+        return [_routed(router.answer(prompt, max_new_tokens=MAX_NEW_TOKENS)) for prompt in person.mixed]
+
+
+def _routed(answer: Answer) -> Routed:
+    return Routed(
+        text=answer.text,
+        draft=answer.generation.text if answer.generation else "",
+        route=answer.route,
+        reason=answer.reason,
+        fallback=answer.fallback,
+        policy=answer.policy,
+        score=answer.score if math.isfinite(answer.score) else None,
+        threshold=answer.threshold,
+        device_tokens=answer.generation.generated_tokens if answer.generation else 0,
+        server_tokens=answer.server_tokens,
+        sent_bytes=answer.sent_bytes,
+        seconds=answer.seconds,
     )
 
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from crayon_runtime.cli.common import size_text
 
 if TYPE_CHECKING:
+    from crayon_runtime.routing.policies import Route
     from crayon_server.demo.device import Model
+
+Measure = Literal["useful", "exact"]
+QueryPart = Literal["in_task", "other_domain", "server_only"]
 
 KIND = "crayon demo"
 """What report.json says that it is."""
+MEASURES: tuple[Measure, ...] = ("useful", "exact")
+"""The right call in any convention; and in the user's."""
+PARTS: tuple[QueryPart, ...] = ("in_task", "other_domain", "server_only")
+"""What is asked: what the device is customized for, other domains that it knows, and domains that only the server LLM knows."""
+CHAT = "/v1/chat/completions"
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,103 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """Whether an answer is right, by `MEASURES`."""
+
+    exact: bool
+    useful: bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A query to the customized device, which may ask the server LLM.
+
+    Attributes:
+        route, reason, fallback, score, threshold: of the answer, as `crayon_runtime.routing.Answer` has them; the score is None if there
+            was no usable signal.
+        text: what was shown.
+        draft: what the device says.
+        by_server: what the server LLM says; if the device did not ask it, the demo has, for the curve.
+        shown_is, draft_is, by_server_is: how good these three are.
+        sent_bytes: that left the device for it: of the body of the request.
+        seconds: "device", "score", "server" and "total".
+    """
+
+    part: QueryPart
+    prompt: str
+    wanted: str
+    route: Route
+    reason: str
+    fallback: bool
+    score: float | None
+    threshold: float
+    text: str
+    draft: str
+    by_server: str
+    shown_is: Judged
+    draft_is: Judged
+    by_server_is: Judged
+    device_tokens: int
+    server_tokens: int
+    sent_bytes: int
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What calls to the server LLM buy; all are shares of the queries. Between two points both go in a straight line.
+
+    Attributes:
+        calls, accuracy: of the policy, from no calls to nothing but calls.
+        oracle_calls, oracle_accuracy: of who knows both answers.
+        policy_calls, policy_accuracy: of the policy as it is.
+        apgr: of the gap between device and server LLM the share that is recovered, mean over all shares of calls: random routing has 0.5.
+            None if the server LLM is not better.
+    """
+
+    calls: list[float]
+    accuracy: list[float]
+    oracle_calls: list[float]
+    oracle_accuracy: list[float]
+    policy_calls: float
+    policy_accuracy: float
+    apgr: float | None
+
+    @property
+    def device(self) -> float:
+        """Without any call."""
+        return self.accuracy[0]
+
+    @property
+    def server(self) -> float:
+        """With nothing but calls."""
+        return self.accuracy[-1]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Hybrid inference, over all users.
+
+    Attributes:
+        policy: its name.
+        server: the name of the server LLM.
+        server_parameters: of it.
+        score_us: what signals and decision take: median, microseconds.
+        score_share: of the time that the device takes to answer, by medians.
+        server_ms: until the server LLM has answered: median.
+    """
+
+    policy: str
+    server: str
+    server_parameters: int
+    prototypes: int
+    curves: dict[Measure, Curve]
+    score_us: float
+    score_share: float
+    server_ms: float
+
+
+@dataclass(frozen=True)
 class Person:
     """Who a user of the demo is, and what came of their customization.
 
@@ -71,6 +178,7 @@ class Person:
         seconds: what customizing took, by part, and all in all.
         lines: the first query of each of their domains.
         shared: what everybody is told, with the adapters swapped in between.
+        asked: the queries of `PARTS`, in this order.
         messages: everything that went between device and service, in order.
     """
 
@@ -90,20 +198,38 @@ class Person:
     total_seconds: float
     lines: tuple[Line, ...]
     shared: Line
+    asked: tuple[Asked, ...]
     messages: tuple[Message, ...]
 
     @property
-    def asked(self) -> Message:
+    def customizing(self) -> tuple[Message, ...]:
+        """What customizing needed."""
+        return tuple(message for message in self.messages if CHAT not in message.request_head)
+
+    @property
+    def order(self) -> Message:
         """The request that alpha was sent with, and the adapter that came for it."""
-        return next(message for message in self.messages if message.request_body)
+        return next(message for message in self.customizing if message.request_body)
 
     @property
-    def bytes_up(self) -> int:
-        return sum(sum(message.request_bytes) for message in self.messages)
+    def examples_sent(self) -> int:
+        """How many of the examples are found in anything that was sent, as they are or as JSON writes them."""
+        sent = "".join(message.request_head + message.request_body for message in self.messages)
+        return sum(any(json.dumps(text)[1:-1] in sent or text in sent for text in example) for example in self.examples)
 
     @property
-    def bytes_down(self) -> int:
-        return sum(sum(message.response_bytes) for message in self.messages)
+    def chat(self) -> tuple[Message, ...]:
+        """The queries that went to the server LLM, and its answers."""
+        return tuple(message for message in self.messages if CHAT in message.request_head)
+
+
+def bytes_up(messages: tuple[Message, ...]) -> int:
+    """That left the device, headers included."""
+    return sum(sum(message.request_bytes) for message in messages)
+
+
+def bytes_down(messages: tuple[Message, ...]) -> int:
+    return sum(sum(message.response_bytes) for message in messages)
 
 
 @dataclass(frozen=True)
@@ -135,6 +261,7 @@ class DemoReport:
         float_bytes, bundle_bytes, weights_bytes: the base as safetensors, its int4 bundle, and the weights in that.
         mean_kl: of the int4 model from the float one on the golden cases, in nats.
         device: `Measurements` without the people.
+        routing: of the queries that the server LLM could be asked.
         stages: what was done, and the seconds of it.
     """
 
@@ -147,6 +274,7 @@ class DemoReport:
     mean_kl: float
     pool: PoolFacts
     device: dict[str, Any]
+    routing: Routing
     stages: list[tuple[str, float]]
     seconds: float
     kind: str = KIND
@@ -167,8 +295,15 @@ class DemoReport:
             cells = "".join(f"{scores[model].exact_match:>8.0%}" for model in ("before", "after", "oracle"))
             lines.append(f"{f'{person.name}, {pool_has(person)}':<36}{cells}")
         person = self.people[0]
-        up, down = person.asked.request_bytes[1], person.asked.response_bytes[1]
+        up, down = person.order.request_bytes[1], person.order.response_bytes[1]
+        asked = [query for person in self.people for query in person.asked]
+        beyond = sum(query.part != "in_task" for query in asked)
+        useful, chat = self.routing.curves["useful"], [message for person in self.people for message in person.chat]
         lines += [
+            "",
+            f"useful answers to {len(asked)} queries, {beyond} of them beyond what the device is customized for:",
+            f"{useful.device:.0%} by the device, {useful.server:.0%} by the server LLM, {useful.policy_accuracy:.0%} by both, "
+            f"with {useful.policy_calls:.0%} of the queries sent: {size_text(sum(message.request_bytes[1] for message in chat))}",
             "",
             f"sent for {person.name}: {size_text(up)}, with no word of the examples; came back: an adapter of {size_text(down)}",
             f"ten examples to customized model: {self.customizing_seconds:.2f} s; swap: {self.device['swap_ms'] * 1e3:.0f} µs; "

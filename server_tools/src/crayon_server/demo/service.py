@@ -20,11 +20,13 @@ STOP_SECONDS = 10.0
 
 
 @contextmanager
-def serving(pool: Path, keys: Path, log: Path) -> Iterator[tuple[str, int]]:
+def serving(pool: Path, keys: Path, log: Path, *, upstream: Path, cache: Path) -> Iterator[tuple[str, int]]:
     """Serve a pool on a free port of loopback, with adapters signed; the service ends with the block, whatever ends that.
 
     Args:
         log: the file for what it says.
+        upstream: the server LLM, a Hugging Face folder.
+        cache: the folder for its export and for finished adapters.
 
     Yields:
         Its host and port.
@@ -33,6 +35,7 @@ def serving(pool: Path, keys: Path, log: Path) -> Iterator[tuple[str, int]]:
         BackendError: it does not start.
     """
     command = [sys.executable, "-m", "crayon_runtime", "serve", str(pool), "--port", "0", "--keys", str(keys)]
+    command += ["--upstream", str(upstream), "--cache", str(cache)]
     with log.open("wb") as said, ended(subprocess.Popen(command, stdout=said, stderr=said)) as process:
         yield _address(process, log)
 

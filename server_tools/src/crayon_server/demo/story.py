@@ -1,7 +1,8 @@
-"""The demo: ten examples change a device, and never leave it.
+"""The demo: ten examples change a device, and never leave it; what it cannot answer it asks a server LLM.
 
-    export nano to int4 ──> build a pool ──> serve it ──> three users customize over HTTP ──> before / after ──> report
-                            (meanwhile, an oracle LoRA for each of the three)
+    export nano to int4 ──> build a pool ──> prototypes ──> serve it ──> three users customize over HTTP ──> before / after ──┐
+                            (meanwhile, an oracle LoRA for each of the three)                                                  │
+                                                         report <── they ask this and that, and some of it the server LLM <───┘
 
 The service is a process of its own, and so is the device, which has no torch. Between the two stands a relay that writes down every byte.
 Everything is judged on queries whose answers are in no text that the pool, the oracles or the customizations are made from.
@@ -19,6 +20,7 @@ import time
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,15 +28,16 @@ import msgspec
 from crayon_runtime.errors import BackendError, OutputError
 from crayon_runtime.files import atomic_directory
 from crayon_runtime.pool import Pool
+from crayon_runtime.routing import ServerLLM
 from crayon_runtime.signing import KEYS, KeyStore, TrustedKeys
 from crayon_server.data.phone_assistant import benchmark, write
 from crayon_server.data.phone_assistant.world import translate
-from crayon_server.demo import device, oracle
+from crayon_server.demo import device, hybrid, oracle
 from crayon_server.demo.device import MODELS, Job, Measurements, Text
-from crayon_server.demo.report import KIND, DemoReport, Line, Message, Person, PoolFacts, Score
+from crayon_server.demo.report import KIND, DemoReport, Line, Message, Person, PoolFacts, Routing, Score
 from crayon_server.demo.service import ended, serving
 from crayon_server.demo.wire import Exchange, Wire, split
-from crayon_server.evaluate.exact_match import judge
+from crayon_server.evaluate.exact_match import MAX_NEW_TOKENS, judge
 from crayon_server.pool.build import Settings as PoolSettings
 
 if TYPE_CHECKING:
@@ -50,7 +53,10 @@ PERSONAS = {"alice": "validation-35", "clara": "validation-22", "bruno": "valida
 """Validation users with a calendar, so that all can be told the same. They were chosen for their conventions, before anything was
 measured: one that is common among the users that the pool is trained on, one that is rare, and one that it never saw."""
 SHARED_PROMPT = "schedule dinner with anna on monday at half seven in the evening\n"
+SERVER = "nano-server"
 STEPS, GROUP_SIZE = 150, 32
+COUNT_SECONDS = 0.2
+"""Between looks at how many bytes have left the device."""
 REPORT, PAGE = "report.json", "report.html"
 
 
@@ -62,7 +68,8 @@ class Settings:
         pool: of the pool's training.
         sources: training users whose texts the pool is built from.
         oracle_texts, oracle_steps: of each user's oracle LoRA, and of training all of them together.
-        queries: of each user.
+        queries: of each user, to compare models by.
+        mixed: queries of each user to the customized device with its server LLM, of each of `hybrid.PARTS`.
         threads: to answer; None: the backend's choice.
     """
 
@@ -71,6 +78,7 @@ class Settings:
     oracle_texts: int = 256
     oracle_steps: int = 100
     queries: int = 40
+    mixed: tuple[int, int, int] = (20, 10, 10)
     threads: int | None = None
 
     @classmethod
@@ -136,7 +144,9 @@ class _Story:
         people = {user.name: user for user in self.world.validation}
         self.users = {name: people[user] for name, user in PERSONAS.items()}
         self.sources = self.world.train[: settings.sources]
+        self.mixed = {name: hybrid.mixed(user, self.settings.mixed) for name, user in self.users.items()}
         asked = {query.completion for user in self.users.values() for query in user.queries}
+        asked |= {query.completion for queries in self.mixed.values() for _, query in queries}
         self.texts = [(u.name, e) for u in self.sources for e in u.examples if e.completion not in asked]
         self.stages: list[tuple[str, float]] = []
 
@@ -145,11 +155,11 @@ class _Story:
         self._say("about two minutes on two cores")
         with self._oracle() as training:
             exported = self._export()
-            pool = self._build()
+            pool = self._with_prototypes(self._build())
             with self._stage("waited for the oracle LoRAs, which were trained meanwhile"):
                 training.wait()
-        measured, exchanges = self._customize(pool)
-        return self._report(exported, pool, measured, exchanges, time.perf_counter() - started)
+        measured, wires, by_server = self._serve(pool)
+        return self._report(exported, pool, measured, wires, by_server, time.perf_counter() - started)
 
     @contextmanager
     def _stage(self, what: str) -> Iterator[None]:
@@ -189,6 +199,31 @@ class _Story:
                 on_step=lambda *_: on_step(1),
             )
 
+    def _with_prototypes(self, pool: Pool) -> Pool:
+        """The pool, with what the server LLM says to its typical inputs, embedded as the device embeds its answers."""
+        from crayon_server import training
+        from crayon_server.models import load_nano_server
+        from crayon_server.pool import prototypes
+
+        inputs = prototypes.typical_inputs(pool)
+        prompts = sorted({text.prompt for text in inputs})
+        what = f"asked the server LLM {len(prompts)} typical inputs, for prototypes"
+        with (
+            self._stage(what),
+            training.threads(self.settings.pool.threads),
+            self._progress("asking the server LLM", len(prompts), unit="inputs") as on_output,
+        ):
+            outputs = {}
+            for prompt, output in prototypes.ask_model(load_nano_server(), prompts, max_tokens=MAX_NEW_TOKENS):
+                outputs[prompt] = output
+                on_output(1)
+            with prototypes.open_engine(self.bundle, pool, self.settings.threads) as engine:
+                embedder = prototypes.BundleEmbedder(engine)
+                choices = {"max_new_tokens": MAX_NEW_TOKENS, "embedded_with": "the bundle"}
+                return prototypes.add_prototypes(
+                    pool, inputs, outputs, embedder, pool.path, model=SERVER, choices=choices, replace=True
+                ).pool
+
     @contextmanager
     def _oracle(self) -> Iterator[subprocess.Popen[bytes]]:
         """Train the oracle LoRAs in a process of their own."""
@@ -203,37 +238,72 @@ class _Story:
         with _process(oracle.__name__, job) as process:
             yield process
 
-    def _customize(self, pool: Pool) -> tuple[Measurements, dict[str, list[Exchange]]]:
-        """Serve the pool, and let the device customize for everybody, each through a relay of their own."""
+    def _serve(self, pool: Pool) -> tuple[Measurements, dict[str, list[Exchange]], dict[str, str]]:
+        """Serve the pool and the server LLM, and let everybody customize and ask, each through a relay of their own.
+
+        Returns:
+            What the device measured; what went over the network, of each user; and what the server LLM says to each of the mixed queries.
+        """
+        from crayon_server.models import load_nano_server
+
         store = KeyStore.create(self.keys)
         trusted = self.folder / "device" / KEYS
         TrustedKeys(store.keys).write(trusted)
         with ExitStack() as stack:
-            with self._stage("started the service"):
-                service = stack.enter_context(serving(pool.path, self.keys, self.log))
-            wires = {name: stack.enter_context(Wire(*service)) for name in self.users}
-            people = {
-                name: device.Person(
-                    wires[name].url,
-                    [Text(e.prompt, e.completion) for e in user.examples],
-                    [Text(q.prompt, q.completion) for q in user.queries[: self.settings.queries]],
-                    str(self.folder / "oracle" / name),
+            with self._stage("started the service, with its server LLM"):
+                cache = self.folder / "server/cache"
+                service = stack.enter_context(
+                    serving(pool.path, self.keys, self.log, upstream=load_nano_server(), cache=cache)
                 )
-                for name, user in self.users.items()
-            }
-            job = Job(
-                str(self.bundle),
-                str(trusted),
-                str(self.folder / "device/customized"),
-                self.settings.threads,
-                people,
-                SHARED_PROMPT,
+            wires = {name: stack.enter_context(Wire(*service)) for name in self.users}
+            measured = self._device(trusted, wires)
+            with self._stage("asked the server LLM what no device had asked it, for the curve"):
+                by_server = self._by_server(measured, "http://{}:{}".format(*service))
+            return measured, {name: wire.exchanges for name, wire in wires.items()}, by_server
+
+    def _device(self, trusted: Path, wires: dict[str, Wire]) -> Measurements:
+        people = {
+            name: device.Person(
+                wires[name].url,
+                [Text(e.prompt, e.completion) for e in user.examples],
+                [Text(q.prompt, q.completion) for q in user.queries[: self.settings.queries]],
+                [query.prompt for _, query in self.mixed[name]],
+                str(self.folder / "oracle" / name),
             )
-            what = "customized for three users over HTTP, and answered their queries, without torch"
-            with self._stage(what), _process(device.__name__, job) as process:
-                said = process.communicate()[0]
-            measured = msgspec.json.decode(said, type=Measurements)
-            return measured, {name: wire.exchanges for name, wire in wires.items()}
+            for name, user in self.users.items()
+        }
+        customized = str(self.folder / "device/customized")
+        job = Job(str(self.bundle), str(trusted), customized, self.settings.threads, people, SHARED_PROMPT)
+        what = "customized for three users over HTTP, and answered their queries, without torch"
+        with (
+            self._stage(what),
+            self._progress("left the device, headers included", None) as on_bytes,
+            _process(device.__name__, job) as process,
+        ):
+            counted = 0
+            while True:
+                sent = sum(wire.bytes_up for wire in wires.values())
+                on_bytes(sent - counted)
+                counted = sent
+                try:
+                    said = process.communicate(timeout=COUNT_SECONDS)[0]
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+        return msgspec.json.decode(said, type=Measurements)
+
+    def _by_server(self, measured: Measurements, url: str) -> dict[str, str]:
+        """By prompt. What the devices were not told is asked here, and goes through no relay."""
+        told: dict[str, str] = {}
+        for name, queries in self.mixed.items():
+            for (_, query), routed in zip(queries, measured.people[name].routed, strict=True):
+                if routed.route == "server":
+                    told[query.prompt] = routed.text
+        with ServerLLM(url) as server:
+            for query in (query for queries in self.mixed.values() for _, query in queries):
+                if query.prompt not in told:
+                    told[query.prompt] = "".join(server.ask(query.prompt.strip(), max_tokens=MAX_NEW_TOKENS))
+        return told
 
     def _report(
         self,
@@ -241,6 +311,7 @@ class _Story:
         pool: Pool,
         measured: Measurements,
         exchanges: dict[str, list[Exchange]],
+        by_server: dict[str, str],
         seconds: float,
     ) -> DemoReport:
         from crayon_server.models import load_nano
@@ -258,9 +329,10 @@ class _Story:
         )
         device_facts = msgspec.to_builtins(measured)
         del device_facts["people"], device_facts["live"]
-        service_ms = _service_ms(self.log)
+        messages = _messages(exchanges, self.log)
+        people = [self._person(name, measured, messages[name], by_server) for name in self.users]
         return DemoReport(
-            people=[self._person(name, measured, exchanges[name], service_ms) for name in self.users],
+            people=people,
             queries=len(next(iter(self.users.values())).queries[: self.settings.queries]),
             parameters=_parameters(load_nano()),
             float_bytes=(load_nano() / "model.safetensors").stat().st_size,
@@ -269,13 +341,12 @@ class _Story:
             mean_kl=exported.report.mean_kl,
             pool=facts,
             device=device_facts,
+            routing=_routing(people, measured, manifest.prototypes.count if manifest.prototypes else 0),
             stages=self.stages,
             seconds=seconds,
         )
 
-    def _person(
-        self, name: str, measured: Measurements, exchanges: list[Exchange], service_ms: Iterator[float]
-    ) -> Person:
+    def _person(self, name: str, measured: Measurements, messages: list[Message], by_server: dict[str, str]) -> Person:
         user, customized, live = self.users[name], measured.people[name], measured.live
         queries = user.queries[: self.settings.queries]
         results = {
@@ -302,7 +373,11 @@ class _Story:
                 for i, query in enumerate(queries[: len(user.domains)])  # the first of each domain
             ),
             shared=Line(SHARED_PROMPT.strip(), _wanted(user.convention), live[device.BASE], live[name]),
-            messages=tuple(_message(exchange, next(service_ms)) for exchange in exchanges),
+            asked=tuple(
+                hybrid.asked(part, query, routed, by_server[query.prompt])
+                for (part, query), routed in zip(self.mixed[name], customized.routed, strict=True)
+            ),
+            messages=tuple(messages),
         )
 
 
@@ -328,6 +403,34 @@ def _process(module: str, job: msgspec.Struct) -> Iterator[subprocess.Popen[byte
                 stderr.seek(0)
                 said = stderr.read().decode(errors="replace").strip()
                 raise BackendError(f"{module} ended with exit code {process.returncode}:\n{said}")
+
+
+def _routing(people: list[Person], measured: Measurements, prototypes: int) -> Routing:
+    from crayon_server.models import load_nano_server
+
+    routed = [routed for customized in measured.people.values() for routed in customized.routed]
+    scored = [answer.seconds for answer in routed if "score" in answer.seconds]
+    waited = [answer.seconds["server"] for answer in routed if answer.route == "server"]
+    return Routing(
+        policy=", ".join(sorted({answer.policy for answer in routed})),
+        server=SERVER,
+        server_parameters=_parameters(load_nano_server()),
+        prototypes=prototypes,
+        curves=hybrid.curves([query for person in people for query in person.asked]),
+        score_us=median(seconds["score"] for seconds in scored) * 1e6,
+        score_share=median(s["score"] for s in scored) / median(s["device"] for s in scored),
+        server_ms=median(waited) * 1e3 if waited else 0.0,
+    )
+
+
+def _messages(exchanges: dict[str, list[Exchange]], log: Path) -> dict[str, list[Message]]:
+    """Of each user, with what the service's log says of it: one process asks, one request after the other."""
+    service_ms = _service_ms(log)
+    in_order = sorted(((name, e) for name, own in exchanges.items() for e in own), key=lambda item: item[1].started)
+    messages: dict[str, list[Message]] = {name: [] for name in exchanges}
+    for name, exchange in in_order:
+        messages[name].append(_message(exchange, next(service_ms)))
+    return messages
 
 
 def _message(exchange: Exchange, service_ms: float) -> Message:

@@ -63,6 +63,11 @@ class Wire:
         """All that has passed, in the order in which it began."""
         return sorted((exchange for talk in self._talks for exchange in talk), key=lambda e: e.started)
 
+    @property
+    def bytes_up(self) -> int:
+        """That the client has sent so far."""
+        return sum(len(exchange.request) for talk in list(self._talks) for exchange in list(talk))
+
     def __enter__(self) -> Self:
         return self
 
