@@ -297,7 +297,9 @@ class Engine:
         with self._lock:
             self._check_open()
             known, adapter = self._adapters.get(bundle.path, (None, None))
-            if adapter is None or known is None or known.manifest != bundle.manifest:  # not read yet, or another one now
+            if (
+                adapter is None or known is None or known.manifest != bundle.manifest
+            ):  # not read yet, or another one now
                 adapter = self.backend.read_adapter(bundle)
                 self._adapters[bundle.path] = (bundle, adapter)
             return adapter

@@ -12,9 +12,8 @@ import pytest
 from crayon_runtime.errors import InvalidInput, OutputError, SchemaTooNew
 from crayon_runtime.examples import ExampleStates
 from crayon_runtime.routing.calibration import (
+    MARGIN,
     PENALTY,
-    QUANTILE,
-    SLACK,
     Calibration,
     Fit,
     Point,
@@ -24,7 +23,7 @@ from crayon_runtime.routing.calibration import (
     without_labels,
 )
 from crayon_runtime.routing.policies import EARLY, Policy
-from crayon_runtime.routing.signals import Reference, States, signals
+from crayon_runtime.routing.signals import Reference, States, odds, signals
 from tests.runtime.routing import hybrid
 from tests.support import needs
 
@@ -149,14 +148,12 @@ def test_the_curve_is_what_its_thresholds_do() -> None:
     assert {point.accuracy for point in blind.curve} == {None}
 
 
-def test_without_labels_it_is_the_sum_of_standardized_signals() -> None:
+def test_without_labels_it_is_a_sum_of_known_worth() -> None:
     rows, _ = answers()
     policy = named(without_labels(rows, budget=0.1), "calibrated")
-    assert set(policy.weights) == {"log_probability", "examples_top_k"}
-    x = np.array([[row[name] for name in policy.weights] for row in rows])
-    expected = ((x - x.mean(0)) / np.maximum(x.std(0), 0.05)).sum(1)
-    assert [policy.score(row) for row in rows] == pytest.approx(expected)
-    assert not policy.logistic
+    assert policy.weights == {"log_odds": 1.0, "examples_nearness": 0.5}
+    assert (policy.bias, policy.logistic) == (0.0, False)
+    assert calls(policy, rows) == round(0.1 * len(rows))
 
 
 @pytest.mark.parametrize("label", [True, False])
@@ -221,7 +218,7 @@ def test_uncalibrated_policies_keep_what_is_like_the_examples(with_prototypes: b
     examples = hybrid.examples(10, SIZE)
     reference = Reference.of(hybrid.prototypes(9, SIZE) if with_prototypes else None, examples)
     policies = {policy.name: policy for policy in uncalibrated(reference, examples)}
-    assert set(policies) == {"calibrated", "confidence", "early"} | ({"paper"} if with_prototypes else set())
+    assert set(policies) == {"calibrated", "early"} | ({"paper"} if with_prototypes else set())
     rows = []
     for i in range(10):
         others = ExampleStates(*(np.delete(array, i, 0) for array in vars(examples).values()))
@@ -235,27 +232,24 @@ def test_uncalibrated_policies_keep_what_is_like_the_examples(with_prototypes: b
             )
         )
     for policy in policies.values():
-        kept = [policy.score(row) >= policy.threshold for row in rows]
-        assert sum(kept) >= (1 - QUANTILE) * 10, "most of them stay, compared with the others"
+        scores = [policy.score(row) for row in rows]
+        expected = min(scores) if policy.name == "paper" else float(np.median(scores)) - MARGIN
+        assert policy.threshold == pytest.approx(expected, abs=1e-4)
         assert policy.decide(dict.fromkeys(policy.weights, -5.0)).route == "server"
-    confident = policies["confidence"]
-    assert (confident.weights, confident.bias) == ({"log_probability": 1.0}, 0.0)
-    sure = np.sort(examples.log_probability)
-    assert confident.threshold == pytest.approx(float(sure[3]) - SLACK * max(float(sure.std()), 0.05), abs=1e-5)
 
 
 def test_one_example_is_enough_to_be_confident_like_it() -> None:
     examples = hybrid.examples(1, SIZE)
     policies = {policy.name: policy for policy in uncalibrated(Reference.of(None, examples), examples)}
-    assert set(policies["calibrated"].weights) == {"log_probability"}
-    assert policies["calibrated"].decide({"log_probability": float(examples.log_probability[0])}).route == "device"
+    assert set(policies["calibrated"].weights) == {"log_odds"}
+    assert policies["calibrated"].decide({"log_odds": odds(float(examples.log_probability[0]))}).route == "device"
 
 
 def test_examples_that_are_all_the_same_leave_room_for_others() -> None:
     examples = hybrid.examples(10, SIZE)
     same = ExampleStates(*(np.repeat(array[:1], 10, 0) for array in vars(examples).values()))
     policies = {policy.name: policy for policy in uncalibrated(Reference.of(None, same), same)}
-    near = {"log_probability": float(same.log_probability[0]) - 0.005, "examples_top_k": 0.995}
+    near = {"log_odds": odds(float(same.log_probability[0]) - 0.005), "examples_nearness": -math.log(1.01 - 0.995)}
     assert policies["calibrated"].decide(near).route == "device"
 
 
