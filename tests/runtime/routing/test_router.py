@@ -382,7 +382,7 @@ def test_a_customized_model_can_decide_at_once(engine: Engine, tmp_path: Path) -
     engine.set_adapter(hybrid.customized(tmp_path / "own", size=SIZE))
     router = Router(engine, folder=tmp_path / "own")
     assert router.policy.name == "calibrated"
-    assert set(router.policy.weights) == {"log_probability", "examples_top_k"}
+    assert set(router.policy.weights) == {"log_odds", "examples_nearness"}
     answer = router.answer("the alarm")
     assert set(answer.signals) == set(router.policy.weights)
     assert math.isfinite(answer.score)
