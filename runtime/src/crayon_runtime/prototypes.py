@@ -25,7 +25,7 @@ from crayon_runtime.mapped import read_mapped
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from crayon_runtime.bundle import Bundle
+    from crayon_runtime.bundle.reader import Bundle
 
     Floats = npt.NDArray[np.float32]
     Indices = npt.NDArray[np.int64]
