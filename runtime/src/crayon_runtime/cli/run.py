@@ -291,7 +291,8 @@ def _routed(
     answer = stream.answer
     note(route_text(answer))
     if answer.generation is not None:
-        note(_speed(answer.generation))
+        unused = "the device's own, which was not used: " if answer.route == "server" else ""
+        note(unused + _speed(answer.generation))
     return answer, cancel.is_set()
 
 
