@@ -19,7 +19,7 @@ from crayon_runtime.bundle import Bundle
 from crayon_runtime.constraint import Constraint
 from crayon_runtime.customized import ROUTING
 from crayon_runtime.engine import Engine
-from crayon_runtime.errors import AdapterError, InvalidInput, ManifestError, ServerError
+from crayon_runtime.errors import AdapterError, ContextOverflow, InvalidInput, ManifestError, ServerError
 from crayon_runtime.routing.calibration import Calibration, adapter_sha256
 from crayon_runtime.routing.policies import EARLY, Policy, confidence
 from crayon_runtime.routing.router import Answer, Part, Router
@@ -143,6 +143,27 @@ def test_always_does_not_run_the_device(engine: Engine) -> None:
 def test_always_still_refuses_what_the_device_could_not_answer(engine: Engine) -> None:
     with pytest.raises(InvalidInput, match="the prompt is empty"):
         Router(engine, policy="always", server=Scripted()).answer("")
+
+
+LONG = "x" * 10_000
+
+
+@pytest.mark.parametrize("policy", [SURE, "always"])
+def test_what_is_too_long_for_the_device_goes_to_the_server(engine: Engine, policy: Any) -> None:
+    server = Scripted()
+    answer = Router(engine, policy=policy, server=server).answer(LONG)
+    assert (answer.route, answer.fallback, answer.generation) == ("server", False, None)
+    assert server.asked == [LONG]
+    assert "the context holds" in answer.reason
+
+
+@pytest.mark.parametrize("policy, server", [(SURE, Scripted([DOWN])), (SURE, None), ("never", Scripted())])
+def test_what_nobody_can_answer_is_refused(engine: Engine, policy: Any, server: Any) -> None:
+    router = Router(engine, policy=policy, server=server)
+    with pytest.raises(ContextOverflow, match="the context holds"):
+        router.answer(LONG)
+    router.server = Scripted()
+    assert router.answer("the alarm").text == SAID
 
 
 @pytest.mark.parametrize("after", [2, 3, 5])
@@ -458,6 +479,14 @@ def test_a_calibration_decides(engine: Engine, tmp_path: Path) -> None:
     assert Router(engine, folder=tmp_path / "own", policy="confidence").policy == confidence(), "it is not in there"
     with pytest.raises(InvalidInput, match="nobody knows the threshold"):
         Router(engine, folder=tmp_path / "own", policy="paper")
+
+
+def test_a_new_calibration_decides_from_the_next_answer_on(engine: Engine, tmp_path: Path) -> None:
+    engine.set_adapter(hybrid.customized(tmp_path / "own", size=SIZE))
+    router = Router(engine, folder=tmp_path / "own")
+    before = router.answer("the alarm").threshold
+    [policy] = calibrate(tmp_path / "own").policies
+    assert router.answer("the alarm").threshold == policy.threshold != before
 
 
 def test_a_calibration_of_another_adapter_is_ignored_and_said(engine: Engine, tmp_path: Path) -> None:

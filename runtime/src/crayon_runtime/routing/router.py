@@ -23,7 +23,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, Unpack
 
 from crayon_runtime.customized import ADAPTER, ROUTING, example_states, state_folder
-from crayon_runtime.errors import CrayonError, InvalidInput
+from crayon_runtime.errors import ContextOverflow, CrayonError, InvalidInput
+from crayon_runtime.generation import Generation, Piece, Stream
 from crayon_runtime.prototypes import read_prototypes
 from crayon_runtime.routing.calibration import Calibration, adapter_sha256, read_calibration, uncalibrated
 from crayon_runtime.routing.policies import PLAIN, WEIGHED, Decision, Policy, Route
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from crayon_runtime.bundle import Bundle
     from crayon_runtime.engine import Engine
     from crayon_runtime.examples import ExampleStates
-    from crayon_runtime.generation import GenerateOptions, Generation, Stream
+    from crayon_runtime.generation import GenerateOptions
     from crayon_runtime.request import Prompt
     from crayon_runtime.routing.rules import Rules
     from crayon_runtime.routing.sent import SentLog
@@ -213,7 +214,7 @@ class Router:
         self._wanted = policy
         self._lock = threading.Lock()
         # An adapter may be large, and is not kept because it answered once.
-        self._known: dict[int, tuple[Callable[[], Adapter | None], Known]] = {}
+        self._known: dict[int, tuple[Callable[[], Adapter | None], int, Known]] = {}
         self.policy  # noqa: B018 - says what is wrong with it now
 
     @property
@@ -222,15 +223,16 @@ class Router:
         return self.known(self.engine.present_adapter).policy(self._wanted)
 
     def known(self, adapter: Adapter | None) -> Known:
-        """What there is for an adapter that the engine has read; read once for each."""
+        """What there is for an adapter that the engine has read; read once for each, and again after `crayon route calibrate`."""
+        calibrated = self._calibrated()
         with self._lock:
             found = self._known.get(id(adapter))
-            if found is not None and found[0]() is adapter:
-                return found[1]
+            if found is not None and found[0]() is adapter and found[1] == calibrated:
+                return found[2]
             known = self._read(adapter)
-            for key in [key for key, (kept, _) in self._known.items() if kept() is None]:
+            for key in [key for key, (kept, *_) in self._known.items() if kept() is None]:
                 del self._known[key]
-            self._known[id(adapter)] = ((lambda: None) if adapter is None else weakref.ref(adapter), known)
+            self._known[id(adapter)] = ((lambda: None) if adapter is None else weakref.ref(adapter), calibrated, known)
             return known
 
     def answer(self, prompt: Prompt, *, query: str | None = None, **options: Unpack[GenerateOptions]) -> Answer:
@@ -242,7 +244,8 @@ class Router:
             options: for the device. `max_new_tokens`, `stop`, `constraint` and `cancel` hold for the server's answer too.
 
         Raises:
-            As `Engine.generate`, of the device. Nothing of the server: that is a reason for the device's answer.
+            As `Engine.generate`, of the device; but a prompt that is too long for it goes to the server, and is refused only if that fails.
+            Nothing of the server: that is a reason for the device's answer.
         """
         with self.stream(prompt, query=query, **options) as stream:
             for _ in stream:
@@ -258,8 +261,23 @@ class Router:
         policy = known.policy(self._wanted)
         if query is None and isinstance(prompt, str):
             query = prompt.strip()
-        work = _Work(self, engine.stream(prompt, **options), known.reference, policy, query, options)
+        decided = None
+        try:
+            device = engine.stream(prompt, **options)
+        except ContextOverflow as e:
+            if self.server is None or policy.name == "never":
+                raise
+            device = Stream(_refused(e), Generation(prompt_tokens=0))
+            decided = Decision("server", math.nan, policy.threshold, e.what)
+        work = _Work(self, device, known.reference, policy, query, options, decided)
         return AnswerStream(work.parts(), work.answer)
+
+    def _calibrated(self) -> int:
+        """When it last was, in nanoseconds since 1970; 0: never."""
+        try:
+            return (self.folder / ROUTING).stat().st_mtime_ns if self.folder is not None else 0
+        except OSError:
+            return 0
 
     def _read(self, adapter: Adapter | None) -> Known:
         bundle = self.engine.bundle_of(adapter) if adapter is not None else None
@@ -314,6 +332,12 @@ def read_known(adapter: Bundle | None, folder: Path | None, size: int) -> Known:
     return Known(reference, calibration, policies, tuple(notes))
 
 
+def _refused(error: ContextOverflow) -> Generator[Piece, None, None]:
+    """What the device says to a prompt that is too long for it."""
+    raise error
+    yield  # a generator
+
+
 class _Work:
     """One answer."""
 
@@ -325,7 +349,9 @@ class _Work:
         policy: Policy,
         query: str | None,
         options: GenerateOptions,
+        decided: Decision | None,
     ) -> None:
+        self._decided = decided  # before anything was computed
         self.answer = Answer(policy=policy.name, threshold=policy.threshold)
         self._router, self._device = router, device
         self._reference, self._policy = reference, policy
@@ -337,7 +363,7 @@ class _Work:
         """The parts; fills in the answer."""
         answer, started = self.answer, perf_counter()
         try:
-            yield from self._constant() if not self._policy.weights else self._weighed()
+            yield from self._constant() if self._decided or not self._policy.weights else self._weighed()
         finally:
             self._device.close()
             generation = self._device.generation
@@ -350,8 +376,8 @@ class _Work:
             answer.seconds["total"] = perf_counter() - started
 
     def _constant(self) -> Generator[Part, None, None]:
-        """A policy that needs no signals has decided already."""
-        decision = self._policy.decide({})
+        """A policy that needs no signals has decided already, and so has a prompt that is too long for the device."""
+        decision = self._decided or self._policy.decide({})
         self._take(decision)
         if decision.route == "server" and (yield from self._server()):
             return
