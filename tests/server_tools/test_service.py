@@ -840,7 +840,8 @@ def test_workers(pool: Pool, keys: KeyStore, tmp_path: Path, ask: Ask) -> None:
         assert len(workers) == 2
         killed = workers.pop()
         os.kill(killed, signal.SIGKILL)
-        until(lambda: len(children(process) - {killed}) == 2)
+        # killed in the moment in which it was asked for a sign of life, it is given a minute to answer
+        until(lambda: len(children(process) - {killed}) == 2, seconds=150)
         until(lambda: answers(address))
         assert fetch(address, "POST", "/v1/customizations", body) == (200, right)
         workers = children(process)
