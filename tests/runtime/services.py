@@ -34,7 +34,7 @@ class Asked(NamedTuple):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    service: Service
+    service: Listening
 
     def do_GET(self) -> None:
         self.service.answer(self)
@@ -72,23 +72,12 @@ class _Server(ThreadingHTTPServer):
 Fault = Callable[[Handler], object]
 
 
-class Service:
-    """Serves a pool, each path as it should but for the faults that are queued for it. Use it in a `with` block."""
+class Listening:
+    """A server on a free port of this machine, for as long as a `with` block."""
 
-    def __init__(self, pool: Pool, keys: KeyStore | None, folder: Path) -> None:
-        self.keys, self._folder = keys, folder
+    def __init__(self, handler: type[Handler] = Handler) -> None:
         self.asked: list[Asked] = []
-        self.faults: dict[str, list[Fault]] = defaultdict(list)
-        """By path: each answers one request, the first first."""
-        self.always: dict[str, Fault] = {}
-        """By path: answers what no queued fault does."""
-        self.ranges = True
-        self.edit: Callable[[Path], object] = lambda _: None
-        """Changes the folder of an adapter bundle before it is signed and packed."""
-        self.archives: dict[str, bytes] = {}
-        self.serve(pool)
-        handler = type("BoundHandler", (Handler,), {"service": self})
-        self._server = _Server(("127.0.0.1", 0), handler)
+        self._server = _Server(("127.0.0.1", 0), type("BoundHandler", (handler,), {"service": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> Self:
@@ -98,6 +87,32 @@ class Service:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def answer(self, to: Handler) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def read(to: Handler) -> Asked:
+        """The request, with its body."""
+        headers = {name.lower(): value for name, value in to.headers.items()}
+        return Asked(to.command, to.path, headers, to.rfile.read(int(headers.get("content-length", 0))))
+
+
+class Service(Listening):
+    """Serves a pool, each path as it should but for the faults that are queued for it. Use it in a `with` block."""
+
+    def __init__(self, pool: Pool, keys: KeyStore | None, folder: Path) -> None:
+        super().__init__()
+        self.keys, self._folder = keys, folder
+        self.faults: dict[str, list[Fault]] = defaultdict(list)
+        """By path: each answers one request, the first first."""
+        self.always: dict[str, Fault] = {}
+        """By path: answers what no queued fault does."""
+        self.ranges = True
+        self.edit: Callable[[Path], object] = lambda _: None
+        """Changes the folder of an adapter bundle before it is signed and packed."""
+        self.archives: dict[str, bytes] = {}
+        self.serve(pool)
 
     def serve(self, pool: Pool) -> None:
         """Serve this pool from now on."""
@@ -136,11 +151,10 @@ class Service:
         return self.last
 
     def answer(self, to: Handler) -> None:
-        headers = {name.lower(): value for name, value in to.headers.items()}
-        body = to.rfile.read(int(headers.get("content-length", 0)))
-        self.asked.append(Asked(to.command, to.path, headers, body))
+        request = self.read(to)
+        self.asked.append(request)
         if to.path == POST:
-            self.archive(body)
+            self.archive(request.body)
         if self.faults[to.path]:
             self.faults[to.path].pop(0)(to)
         elif to.path in self.always:

@@ -6,11 +6,9 @@ import json
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from tests.runtime.services import Asked, Handler, _Server, answers
-
-Fault = Callable[[Handler], object]
+from tests.runtime.services import Fault, Handler, Listening, answers
 
 ANSWER = "the answer"
 
@@ -32,12 +30,11 @@ def event(data: object) -> bytes:
 STREAM = [event(chunk(text)) for text in ("the", " ", "answer")] + [event(chunk(None, "stop")), event(b"[DONE]")]
 
 
-class ServerLLM:
+class ServerLLM(Listening):
     """Answers every request as it should but for the faults that are queued. Use it in a `with` block."""
 
     def __init__(self) -> None:
-        self.asked: list[Asked] = []
-        """The requests of answers."""
+        super().__init__()
         self.listed = 0
         self.faults: list[Fault] = []
         """Each answers one request, the first first."""
@@ -49,31 +46,22 @@ class ServerLLM:
         self.now = self.most = 0
         """How many requests are being answered, and the most that were."""
         self._lock = threading.Lock()
-        handler = type("BoundHandler", (Handler,), {"service": self})
-        self._server = _Server(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.over.set()
-        self._server.shutdown()
-        self._server.server_close()
+        super().__exit__(kind, error, at)
 
     @property
     def bodies(self) -> list[dict[str, Any]]:
         return [json.loads(asked.body) for asked in self.asked]
 
     def answer(self, to: Handler) -> None:
-        headers = {name.lower(): value for name, value in to.headers.items()}
-        body = to.rfile.read(int(headers.get("content-length", 0)))
+        request = self.read(to)
         if to.path == "/v1/models":
             self.listed += 1
             self.models(to)
             return
-        self.asked.append(Asked(to.command, to.path, headers, body))
+        self.asked.append(request)
         with self._lock:
             self.now += 1
             self.most = max(self.most, self.now)

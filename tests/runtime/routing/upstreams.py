@@ -6,43 +6,29 @@ import json
 import threading
 import time
 from collections.abc import Iterable
-from http.server import ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from tests.runtime.services import Asked, Fault, Handler
+from tests.runtime.services import Fault, Handler, Listening
 
 COMPLETIONS = "/v1/chat/completions"
 
 
-class Upstream:
+class Upstream(Listening):
     """Answers each request with the next of its scripts, and all others with `always`. Use it in a `with` block."""
 
     def __init__(self, *scripts: Fault) -> None:
         self.scripts = list(scripts)
         self.always: Fault = streams("an", " answer")
-        self.asked: list[Asked] = []
         self.connections = 0
         """Opened so far."""
         upstream = self
 
-        class Bound(Handler):
-            service = self  # type: ignore[assignment]
-
+        class Counted(Handler):
             def setup(self) -> None:
                 upstream.connections += 1
                 super().setup()
 
-        self._server = _Server(("127.0.0.1", 0), Bound)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Counted)
 
     @property
     def queries(self) -> list[str]:
@@ -50,17 +36,8 @@ class Upstream:
         return [json.loads(asked.body)["messages"][-1]["content"] for asked in self.asked]
 
     def answer(self, to: Handler) -> None:
-        headers = {name.lower(): value for name, value in to.headers.items()}
-        body = to.rfile.read(int(headers.get("content-length", 0)))
-        self.asked.append(Asked(to.command, to.path, headers, body))
+        self.asked.append(self.read(to))
         (self.scripts.pop(0) if self.scripts else self.always)(to)
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: object) -> None:
-        """A client that goes away is what many tests are about."""
 
 
 def chunk(content: str | None = None, finish: str | None = None, **more: Any) -> bytes:

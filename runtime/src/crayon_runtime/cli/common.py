@@ -17,6 +17,13 @@ PATH = click.Path(path_type=Path)
 """The type of a path argument. Whether it exists is for the library to say."""
 
 
+def with_options(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
+    """A command with options that several share, in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def json_option(command: Command) -> Command:
     """`--json`, as the parameter `as_json`: one JSON object on stdout, and nothing else there."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)

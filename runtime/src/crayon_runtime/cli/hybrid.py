@@ -7,19 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
-from crayon_runtime.cli.common import PATH, note
+from crayon_runtime.cli.common import PATH, Command, note, with_options
 
 if TYPE_CHECKING:
     from crayon_runtime.engine import Engine
     from crayon_runtime.generation import Generation
     from crayon_runtime.routing import Answer, AnswerStream, Router
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 POLICIES = ("calibrated", "early", "confidence", "paper", "always", "never")
 
@@ -40,9 +38,7 @@ def hybrid_options(command: Command) -> Command:
         click.option("--rules", type=PATH, help="A TOML file of what may be sent, and what is redacted before."),
         click.option("--offline", is_flag=True, help="Decide, but send nothing."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from crayon_runtime.cli.common import PATH, json_option, note, print_json
+from crayon_runtime.cli.common import PATH, Command, json_option, note, print_json
 from crayon_runtime.cli.hybrid import Hybrid, answer_facts, hybrid_options, route_text
 from crayon_runtime.cli.hybrid import show as show_answer
 from crayon_runtime.cli.serving import Serving, serve_options
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from crayon_runtime.engine import Engine
     from crayon_runtime.generation import Generation
     from crayon_runtime.routing import Answer, Router
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 INTERRUPTED = 130
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from crayon_runtime.cli.common import PATH, note
+from crayon_runtime.cli.common import PATH, Command, note, with_options
 from crayon_runtime.errors import InvalidInput, MissingExtra
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from crayon_runtime.pool import Pool
     from crayon_runtime.remote import PoolClient
     from crayon_runtime.routing import Router
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def serve_options(command: Command) -> Command:
@@ -54,9 +52,7 @@ def serve_options(command: Command) -> Command:
         click.option("--keys", type=PATH, help="With --serve: the keys.json of the service that --server is."),
         click.option("--unsigned", is_flag=True, help="With --serve: accept what that service did not sign."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from crayon_runtime.errors import InvalidInput, ManifestError
 from crayon_runtime.files import atomic_file
 from crayon_runtime.manifest import Sha256, check_version
 from crayon_runtime.routing.policies import EARLY, WEIGHED, Policy
-from crayon_runtime.routing.signals import Reference, nearness, odds, top_k, units
+from crayon_runtime.routing.signals import Reference, nearness, odds, units
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 PENALTY: Final = 1.0
 """On the squared weights of standardized signals, against the sum of log-losses: scikit-learn's default."""
 
-SMALLEST: Final = {
-    "log_probability": 0.05, "least_log_probability": 0.05, "log_odds": 0.5, "examples_nearness": 0.25, "prompts_nearness": 0.25,
-}  # fmt: skip
+SMALLEST: Final = {"log_odds": 0.5, "examples_nearness": 0.25, "prompts_nearness": 0.25}
 SMALLEST_COSINE: Final = 0.05
 """What signals are divided by at least, as the answers may all be alike. Our choice."""
 
@@ -311,11 +309,7 @@ def _matrix(rows: Rows, names: Sequence[str]) -> Doubles:
 def _standard(x: Doubles, names: Sequence[str]) -> tuple[Doubles, Doubles]:
     """Mean and deviation of each signal, over the rows that are usable."""
     usable = x[np.isfinite(x).all(1)]
-    return usable.mean(0), np.maximum(usable.std(0), [*map(_smallest, names)])
-
-
-def _smallest(name: str) -> float:
-    return SMALLEST.get(name, SMALLEST_COSINE)
+    return usable.mean(0), np.maximum(usable.std(0), [SMALLEST.get(name, SMALLEST_COSINE) for name in names])
 
 
 def _summed(name: str, names: Sequence[str], after: int | None) -> Policy:
@@ -407,17 +401,15 @@ def _threshold(scores: Doubles, calls: int) -> float:
 
 
 def _examples_rows(reference: Reference, examples: ExampleStates) -> list[dict[str, float]]:
-    """The signals of each example, compared with the others."""
+    """The signals of each example that a sum or "paper" weighs, compared with the others."""
     own = reference.answers[reference.prototypes :]
     rows = []
     for i, log_probability in enumerate(examples.log_probability.tolist()):
-        row = {"log_probability": log_probability, "log_odds": odds(log_probability)}
+        row = {"log_odds": odds(log_probability)}
         if reference.prototypes:
             row["prototypes_mean"] = float(reference.raw_mean @ units(examples.answer[i : i + 1])[0])
-            row["prototypes_top_k"] = top_k(reference.answers[: reference.prototypes] @ own[i])
         if len(own) > 1:
             for kind, cosines in (("examples", own @ own[i]), ("prompts", reference.prompts @ reference.prompts[i])):
-                others = np.delete(cosines, i)
-                row[f"{kind}_top_k"], row[f"{kind}_nearness"] = top_k(others), nearness(others)
+                row[f"{kind}_nearness"] = nearness(np.sort(np.delete(cosines, i)))
         rows.append(row)
     return rows

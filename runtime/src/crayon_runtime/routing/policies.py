@@ -5,9 +5,9 @@ score < threshold -> the server answers
 
 paper        the mean cosine to S (the Crayon paper's)
 confidence   the mean log-probability of the answer
-calibrated   log-probability, top-k cosine to S, top-k cosine to the user's own examples; see `crayon_runtime.routing.calibration`
-early        the same after a few tokens, with the prompt's cosine to the examples' prompts, so that what is not for the device
-             costs little
+calibrated   log-odds, top-k cosine to S, nearness to the user's own examples; see `crayon_runtime.routing.calibration`
+early        log-odds of the first few tokens, and the prompt's nearness to the examples' prompts: so what is not for the device costs
+             little
 always       the server, unless it fails
 never        the device
 """
