@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -90,6 +91,58 @@ class Needs:
         if not folder or not Path(folder, "onnxruntime").is_dir():
             absent("the oldest supported onnxruntime", "run the tests with `make test`, which installs it")
         return Path(folder)
+
+    def native(self) -> ModuleType:
+        """The runner of ExecuTorch programs, `crayon_native`."""
+        try:
+            return importlib.import_module("crayon_native")
+        except ModuleNotFoundError as e:
+            if e.name != "crayon_native":
+                raise
+            absent("crayon_native", f"make native ({_COMPILER})")
+
+    def native_wheel(self) -> Path:
+        """The wheel of `crayon_native` for this machine. Beside its folder lies what it was built from."""
+        return _built("build/native/wheel/*.whl")
+
+    def attention_library(self) -> Path:
+        """The attention kernels behind C functions for tests."""
+        return _built("build/native/libattention_test.so", "CRAYON_ATTENTION_LIBRARY")
+
+    def sanitized_library(self, name: str = "libcrayon_native.so") -> Path:
+        """A library, or `libattention_test.so`, with AddressSanitizer: for a process that was started with LD_PRELOAD."""
+        return _built("build/native-sanitized/libcrayon_native.so", "CRAYON_NATIVE_ASAN").with_name(name)
+
+    def aarch64(self) -> Path:
+        """An ARM board's files for `qemu-aarch64`: Debian in `root`, Python packages in `site`; our wheel and libraries."""
+        emulator = shutil.which("qemu-aarch64")
+        says = (
+            subprocess.run([emulator, "--version"], capture_output=True, text=True, check=True).stdout
+            if emulator
+            else ""
+        )
+        version = re.search(r"version (\d+)", says)
+        if version is None or int(version[1]) < 10:
+            absent(
+                "qemu-aarch64 10 or newer",
+                "install the Debian package qemu-user; for Debian 12 it is in bookworm-backports",
+            )
+        folder = ROOT / "build/aarch64"
+        if not all((folder / part).is_dir() for part in ("root", "site/crayon_native", "wheel")):
+            absent("the files of an ARM board", "make aarch64 (Debian package: g++-aarch64-linux-gnu)")
+        return folder
+
+
+_COMPILER = "Debian package: g++"
+
+
+def _built(pattern: str, variable: str = "") -> Path:
+    """What `make test` has built: at `pattern` in the tree, or where an environment variable says."""
+    elsewhere = os.environ.get(variable)
+    for found in [Path(elsewhere)] if elsewhere else ROOT.glob(pattern):
+        if found.is_file():
+            return found
+    absent(f"a build of runtime/native ({pattern})", f"run the tests with `make test` ({_COMPILER})")
 
 
 needs = Needs()
