@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from crayon_runtime.cli.common import json_option, print_json, print_text, progress
+from crayon_runtime.cli.common import json_option, note, print_json, print_text, progress
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -15,13 +16,27 @@ _FOLDER = click.Path(path_type=Path)
 @click.command()
 @click.argument("model")
 @click.option("--out", type=_FOLDER, help="The bundle to write.  [required unless --dry-run]")
-@click.option("--backend", type=click.Choice(["onnx"]), default="onnx", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(["onnx", "executorch"]),
+    multiple=True,
+    default=["onnx"],
+    show_default=True,
+    help="Whom the bundle shall serve. Repeatable.",
+)
+@click.option("--official", is_flag=True, help="Lower with ExecuTorch's own exporter; the only way at present.")
 @click.option("--quantize", type=click.Choice(["int4", "int8", "none"]), default="int4", show_default=True)
 @click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 or 128.  [default: 32]")
 @click.option(
     "--context-length", type=int, help="Tokens that the KV cache holds.  [default: the model's, at most 2048]"
 )
-@click.option("--kv-dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="fp16 with onnx alone, int8 with executorch alone.",
+)
 @click.option("--adapter", "adapters", multiple=True, type=_FOLDER, help="A PEFT LoRA to ship inside. Repeatable.")
 @click.option("--merge", is_flag=True, help="Add the one adapter into the weights instead.")
 @click.option("--adapter-slots/--no-adapter-slots", default=True, help="Whether adapters can be attached at all.")
@@ -44,11 +59,16 @@ def export(model: str, out: Path | None, force: bool, dry_run: bool, as_json: bo
         print_json(decided.describe())
         return
     with progress(f"exporting {decided.name}", decided.weight_bytes) as advance:
-        done = run(decided, out, replace=force, on_bytes=advance)
+        done = run(decided, out, replace=force, on_bytes=advance, on_stage=_stage)
     if as_json:
         print_json({"bundle": str(done.bundle.path), "report": done.report.to_dict()})
     else:
         print_text(f"{done.report.to_text()}\n\n{done.bundle.path}")
+
+
+def _stage(text: str) -> None:
+    if sys.stderr.isatty():
+        note(f"{text} ...")
 
 
 @click.group()
@@ -60,13 +80,14 @@ def adapter() -> None:
 @click.argument("peft_dir", type=_FOLDER)
 @click.option("--bundle", required=True, type=_FOLDER, help="The base that the adapter is for.")
 @click.option("--out", required=True, type=_FOLDER, help="The adapter bundle to write.")
+@click.option("--model", help="What the bundle was exported from: make a program for ExecuTorch, too.")
 @click.option("--force", is_flag=True, help="Replace the adapter bundle at --out.")
 @json_option
-def convert(peft_dir: Path, bundle: Path, out: Path, force: bool, as_json: bool) -> None:
+def convert(peft_dir: Path, bundle: Path, out: Path, model: str | None, force: bool, as_json: bool) -> None:
     """Convert a PEFT LoRA into an adapter bundle for one base."""
     from crayon_export.adapters import convert_adapter
 
-    done = convert_adapter(peft_dir, bundle, out, replace=force)
+    done = convert_adapter(peft_dir, bundle, out, model=model, replace=force, on_stage=_stage)
     manifest = done.as_adapter
     if as_json:
         print_json({"adapter": str(done.path), "name": manifest.name, "targets": len(manifest.targets)})

@@ -6,35 +6,48 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from crayon_export import tokenizer as source_tokenizer
 from crayon_export.adapters import check_base, write_adapter
 from crayon_export.checkpoint import Fingerprint
-from crayon_export.golden import Recording, tolerance
+from crayon_export.executorch.programs import ProgramFiles, ProgramSpec, check_installed, make_programs
+from crayon_export.executorch.storage import ProgramStorage
+from crayon_export.golden import Recorded, Recording, golden_files, tolerance
 from crayon_export.onnx.genai import genai_config
 from crayon_export.onnx.graph import LlamaGraph
+from crayon_export.onnx.storage import OnnxStorage
 from crayon_export.onnx.tensors import ExternalData
 from crayon_export.plan import ExportPlan, plan
-from crayon_export.reference import forward
+from crayon_export.reference import Outputs, forward
 from crayon_export.report import Report
+from crayon_export.storage import Storage
 from crayon_export.streaming import WrittenWeights
 from crayon_runtime.bundle import Bundle, BundleWriter
 from crayon_runtime.manifest import (
     PRODUCER,
     SCHEMA_VERSION,
     AdapterSlots,
+    ExecutorchVariant,
     Golden,
     Merged,
     ModelManifest,
     OnnxVariant,
     Tap,
+    Tokenizer,
     Variants,
 )
 from crayon_runtime.probe import peak_memory
-from crayon_runtime.tokenizer import Tokenizer
+from crayon_runtime.tokenizer import Tokenizer as Encoder
+
+if TYPE_CHECKING:
+    import onnx
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,79 +62,95 @@ def export(
     *,
     replace: bool = False,
     on_bytes: Callable[[int], None] | None = None,
+    on_stage: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Exported:
     """Export a model to a bundle. `options` are those of `plan`.
 
     Nothing is at `out` until everything is: the bundle is written beside it and renamed.
     """
-    return run(plan(model, **options), Path(out), replace=replace, on_bytes=on_bytes)
+    return run(plan(model, **options), Path(out), replace=replace, on_bytes=on_bytes, on_stage=on_stage)
 
 
-def run(p: ExportPlan, out: Path, *, replace: bool = False, on_bytes: Callable[[int], None] | None = None) -> Exported:
+def run(
+    p: ExportPlan,
+    out: Path,
+    *,
+    replace: bool = False,
+    on_bytes: Callable[[int], None] | None = None,
+    on_stage: Callable[[str], None] | None = None,
+) -> Exported:
     """Carry out a plan.
 
     Args:
         replace: whether a bundle that is already there may be replaced.
         on_bytes: told the bytes of float32 weight that were handled; `p.weight_bytes` in all.
+        on_stage: told what comes next, once the weights are handled; making a program for ExecuTorch takes minutes.
 
     Raises:
         OutputError: the disk is full, or `out` exists.
         CheckpointError: a tensor is damaged, or holds NaN or infinity.
+        MissingExtra: executorch is asked for and not installed.
     """
     started = time.perf_counter()
     a, q = p.architecture, p.quantization
-    with BundleWriter(out, replace=replace) as writer, tempfile.TemporaryDirectory() as scratch:
-        info = source_tokenizer.convert(p.tokenizer, Path(scratch), model_vocab_size=a.vocab_size)
+    if "executorch" in p.backends:
+        check_installed()
+    with ExitStack() as stack:
+        writer = stack.enter_context(BundleWriter(out, replace=replace))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))
+        info = source_tokenizer.convert(p.tokenizer, scratch, model_vocab_size=a.vocab_size)
         for name in ("tokenizer.json", "tokenizer_config.json"):
-            writer.add_file(name, Path(scratch, name))
-        recording = Recording.plan(Tokenizer(info, Path(scratch, info.file)), p.golden_texts, p.context_length)
+            writer.add_file(name, scratch / name)
+        recording = Recording.plan(Encoder(info, scratch / info.file), p.golden_texts, p.context_length)
 
         fingerprint = Fingerprint()
-        with writer.open("model.onnx.data") as file:
-            data = ExternalData(file, "model.onnx.data")
+        stored: ProgramStorage | None = None
+        with ExitStack() as files:
+            storages: dict[str, Storage] = {}
+            if "onnx" in p.backends:
+                data = ExternalData(files.enter_context(writer.open("model.onnx.data")), "model.onnx.data")
+                storages["onnx"] = OnnxStorage(data, blockwise=p.blockwise, embedding=q.embedding, pool=pool)
+            if "executorch" in p.backends:
+                group_size = p.blockwise.group_size if p.blockwise else None
+                stored = storages["executorch"] = ProgramStorage(scratch, group_size=group_size, pool=pool)
             weights = WrittenWeights(
                 p.checkpoint,
                 a,
                 fingerprint,
-                data,
-                blockwise=p.blockwise,
-                embedding=q.embedding,
+                list(storages.values()),
                 adapters=p.adapters,
                 merged=p.merged,
-                threads=os.cpu_count() or 1,
                 on_bytes=on_bytes or (lambda _: None),
             )
-            try:
-                outputs = forward(a, weights, recording.sequences, positions=recording.positions, tap_layer=p.tap_layer)
-            finally:
-                weights.close()
-            graph = LlamaGraph(
-                a,
-                weights=p.blockwise,
-                embedding=q.embedding,
-                kv_dtype=p.kv_dtype,
-                slots=p.slots,
-                tap_layer=p.tap_layer,
-            )
-            model = graph.model(data, p.context_length)
-        writer.add_bytes("model.onnx", model.SerializeToString(deterministic=True))
-        writer.add_bytes(
-            "genai_config.json", genai_config(a, info, model_file="model.onnx", context_length=p.context_length)
-        )
-        cases, tensors, case_reports = recording.results(
-            outputs,
-            [None, *(adapter.name for adapter in p.adapters)],
-            weights.float_streams,
-            weights.written_streams,
-            [tolerance("onnx", quantize=q.weights, kv_dtype=p.kv_dtype)],
-        )
+            outputs = forward(a, weights, recording.sequences, positions=recording.positions, tap_layer=p.tap_layer)
+            if "onnx" in p.backends:
+                graph = _onnx_graph(p, data)
+        variants = Variants()
+        if "onnx" in p.backends:
+            variants = msgspec.structs.replace(variants, onnx=_add_onnx(writer, p, info, graph))
+        made: list[ProgramFiles] = []
+        if stored is not None:
+            spec = ProgramSpec(p.name, a, info, p.context_length, p.kv_dtype, p.tap_layer)
+            made = make_programs(stored, p.adapters, spec, scratch, on_stage or (lambda _: None))
+            variants = msgspec.structs.replace(variants, executorch=_add_program(writer, made[0]))
+        recorded = _record(p, recording, outputs, weights, list(storages.values()))
+        tolerances = [tolerance(name, quantize=q.weights, kv_dtype=p.kv_dtype) for name in p.backends]
+        cases, tensors = golden_files(recorded, tolerances)
         writer.add_bytes("golden.json", cases)
         writer.add_bytes("golden.safetensors", tensors)
 
         base = fingerprint.hexdigest()
-        for adapter in p.adapters:
-            nested = write_adapter(adapter, base, Path(scratch, "adapters", adapter.name))
+        for i, adapter in enumerate(p.adapters, 1):
+            nested = write_adapter(
+                adapter,
+                base,
+                scratch / "adapters" / adapter.name,
+                onnx="onnx" in p.backends,
+                program=made[i] if made else None,
+                program_dtype="int8" if p.blockwise else "fp32",
+            )
             writer.add_bundle(f"adapters/{adapter.name}", nested)
         if p.merged is not None:
             check_base(p.merged, base)
@@ -131,7 +160,7 @@ def run(p: ExportPlan, out: Path, *, replace: bool = False, on_bytes: Callable[[
             quantization=q.weights,
             group_size=q.group_size,
             tensors=weights.reports,
-            cases=case_reports,
+            cases=[case for r in recorded for case in r.reports],
             bundle_bytes=sum(f.size for f in writer.files),
             peak_rss_bytes=peak_memory(),
             seconds=time.perf_counter() - started,
@@ -148,7 +177,7 @@ def run(p: ExportPlan, out: Path, *, replace: bool = False, on_bytes: Callable[[
                 context_length=p.context_length,
                 kv_dtype=p.kv_dtype,  # type: ignore[arg-type]
                 tokenizer=info,
-                variants=Variants(onnx=OnnxVariant("model.onnx", ["model.onnx.data"])),
+                variants=variants,
                 adapter_slots=AdapterSlots(p.slots, None) if p.slots else None,
                 tap=Tap(p.tap_layer, a.hidden_size),
                 golden=Golden("golden.json", "golden.safetensors"),
@@ -158,3 +187,49 @@ def run(p: ExportPlan, out: Path, *, replace: bool = False, on_bytes: Callable[[
             )
         )
     return Exported(Bundle.open(out), report)
+
+
+def _onnx_graph(p: ExportPlan, data: ExternalData) -> onnx.ModelProto:
+    graph = LlamaGraph(
+        p.architecture,
+        weights=p.blockwise,
+        embedding=p.quantization.embedding,
+        kv_dtype=p.kv_dtype,
+        slots=p.slots,
+        tap_layer=p.tap_layer,
+    )
+    return graph.model(data, p.context_length)
+
+
+def _add_onnx(writer: BundleWriter, p: ExportPlan, info: Tokenizer, graph: onnx.ModelProto) -> OnnxVariant:
+    writer.add_bytes("model.onnx", graph.SerializeToString(deterministic=True))
+    config = genai_config(p.architecture, info, model_file="model.onnx", context_length=p.context_length)
+    writer.add_bytes("genai_config.json", config)
+    return OnnxVariant("model.onnx", ["model.onnx.data"])
+
+
+def _add_program(writer: BundleWriter, made: ProgramFiles) -> ExecutorchVariant:
+    writer.add_file("model.pte", made.program)
+    writer.add_file("model.ptd", made.data)
+    return ExecutorchVariant("model.pte", ["model.ptd"])
+
+
+def _record(
+    p: ExportPlan, recording: Recording, outputs: Outputs, weights: WrittenWeights, storages: list[Storage]
+) -> list[Recorded]:
+    """The golden cases: once for all backends, or where they quantize in different ways for each its own."""
+    adapters = [None, *(adapter.name for adapter in p.adapters)]
+    floats = weights.streams()
+    if len(storages) == 1 or not any(storage.lossy for storage in storages):
+        return [recording.results(outputs, adapters, floats, weights.streams(storages[0]))]
+    return [
+        recording.results(
+            outputs,
+            adapters,
+            floats,
+            weights.streams(storage),
+            backend=storage.backend,
+            suffix="" if storage is storages[0] else f"@{storage.backend}",
+        )
+        for storage in storages
+    ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from crayon_export import architecture, hub, lora
 from crayon_export.checkpoint import Checkpoint
+from crayon_export.executorch.storage import GROUP_SIZES
 from crayon_export.golden import TEXTS
 from crayon_export.quantize import Blockwise
 from crayon_runtime.errors import AdapterError, InvalidInput, UnsupportedModel
@@ -22,7 +23,7 @@ class ExportPlan:
     """Everything `export` has decided. `describe` is what `--dry-run` prints."""
 
     name: str
-    backend: str
+    backends: list[str]
     checkpoint: Checkpoint
     architecture: Architecture
     tokenizer: Path
@@ -41,7 +42,8 @@ class ExportPlan:
         """The same, with that of the embedding, in the terms of a manifest."""
         if self.blockwise is None:
             return Quantization("none", 0, "fp32")
-        return Quantization("int4" if self.blockwise.bits == 4 else "int8", self.blockwise.group_size, "fp16")
+        embedding: Literal["fp16", "int8"] = "fp16" if "onnx" in self.backends else "int8"
+        return Quantization("int4" if self.blockwise.bits == 4 else "int8", self.blockwise.group_size, embedding)
 
     @property
     def weight_bytes(self) -> int:
@@ -54,7 +56,7 @@ class ExportPlan:
         return {
             "model": self.name,
             "source": str(self.checkpoint.path),
-            "backend": self.backend,
+            "backends": self.backends,
             "architecture": msgspec.to_builtins(self.architecture),
             "quantization": msgspec.to_builtins(self.quantization),
             "context_length": self.context_length,
@@ -70,7 +72,8 @@ class ExportPlan:
 def plan(
     model: str | Path,
     *,
-    backend: str = "onnx",
+    backend: str | Sequence[str] = "onnx",
+    official: bool = False,
     quantize: str = "int4",
     group_size: int | None = None,
     context_length: int | None = None,
@@ -88,10 +91,12 @@ def plan(
 
     Args:
         model: a folder with config.json and weights, or a Hub id.
+        backend: "onnx", "executorch" or both: whom the bundle shall serve.
+        official: have programs for ExecuTorch lowered by its own exporter; the only way at present.
         quantize: "int4", "int8" or "none" (float32).
         group_size: input columns that share a scale; None: 32.
         context_length: tokens that the KV cache holds; None: what the model was trained on, at most 2048.
-        kv_dtype: "fp32" or "fp16".
+        kv_dtype: "fp32"; "fp16" with onnx alone, "int8" with executorch alone.
         adapters: PEFT folders. They travel inside the bundle, or with `merge` (one only) are added into the weights.
         adapter_slots: whether adapters can be attached at all; a graph without slots is 2-3 % faster.
         tap_layer: index into transformers' `hidden_states`; None: after the last norm.
@@ -101,11 +106,12 @@ def plan(
     Raises:
         CheckpointError, UnsupportedModel, AdapterError, InvalidInput: with the reason.
     """
-    if backend != "onnx":
-        raise InvalidInput(f"there is no exporter for {backend!r}", do="use --backend onnx")
+    backends = _backends(backend)
+    if official and "executorch" not in backends:
+        raise InvalidInput("--official is about ExecuTorch's exporter", do="add --backend executorch, or leave it out")
     blockwise = Blockwise.named(quantize, group_size)
-    if kv_dtype not in ("fp32", "fp16"):
-        raise InvalidInput(f"a {kv_dtype} KV cache is not available with the onnx backend", do="use fp32 or fp16")
+    for name in backends:
+        _check_formats(name, blockwise, kv_dtype)
 
     folder = hub.fetch(str(model), revision=revision, token=token)
     checkpoint = Checkpoint.open(folder)
@@ -125,7 +131,7 @@ def plan(
         raise InvalidInput("adapters beside a graph without adapter slots", do="use --merge, or keep the slots")
     return ExportPlan(
         name=_bundle_name(folder),
-        backend=backend,
+        backends=backends,
         checkpoint=checkpoint,
         architecture=a,
         tokenizer=Path(tokenizer) if tokenizer else folder,
@@ -138,6 +144,42 @@ def plan(
         tap_layer=a.layers if tap_layer is None else tap_layer,
         golden_texts=golden_texts,
     )
+
+
+BACKENDS = ("onnx", "executorch")
+_KV_DTYPES = {"onnx": ("fp32", "fp16"), "executorch": ("fp32", "int8")}
+
+
+def _backends(wanted: str | Sequence[str]) -> list[str]:
+    """The backends that are asked for, each once, in the order of `BACKENDS`."""
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    do = f"use --backend {' or '.join(BACKENDS)}"
+    for name in names:
+        if name not in BACKENDS:
+            raise InvalidInput(f"there is no exporter for {name!r}", do=do)
+    if not names:
+        raise InvalidInput("a bundle serves at least one backend", do=do)
+    return [name for name in BACKENDS if name in names]
+
+
+def _check_formats(backend: str, blockwise: Blockwise | None, kv_dtype: str) -> None:
+    """Refuse what a backend has no kernel for."""
+    kv_dtypes = _KV_DTYPES[backend]
+    if kv_dtype not in kv_dtypes:
+        raise InvalidInput(
+            f"a {kv_dtype} KV cache is not available with the {backend} backend", do=f"use {' or '.join(kv_dtypes)}"
+        )
+    if backend != "executorch" or blockwise is None:
+        return
+    if blockwise.bits != 4:
+        raise InvalidInput(
+            f"{blockwise.name} weights are not available with the executorch backend", do="use int4 or none"
+        )
+    if blockwise.group_size not in GROUP_SIZES:
+        raise InvalidInput(
+            f"the group size {blockwise.group_size} is not available with the executorch backend",
+            do=f"use {', '.join(map(str, sorted(GROUP_SIZES)))}",
+        )
 
 
 _DEFAULT_CONTEXT = 2048

@@ -14,6 +14,7 @@ from crayon_runtime.cli.common import size_text
 class TensorReport:
     """How one tensor is stored, and what that cost."""
 
+    backend: str
     name: str
     stored_as: str
     """"int4", "int8", "fp16" or "fp32"."""
@@ -70,10 +71,15 @@ class Report:
             "",
             f"{'layers':<28}{'stored':>10}{'size':>12}{'rel. error':>12}{'largest':>10}",
         ]
-        kinds: dict[tuple[str, str], list[TensorReport]] = defaultdict(list)
-        for t in self.tensors:
-            kinds[t.name.split(".")[-2], t.stored_as].append(t)
-        for (kind, stored_as), group in kinds.items():
+        kinds: dict[tuple[str, str, str], list[TensorReport]] = defaultdict(list)
+        for t in sorted(self.tensors, key=lambda t: t.backend != self.tensors[0].backend):
+            kinds[t.backend, t.name.split(".")[-2], t.stored_as].append(t)
+        several = len({t.backend for t in self.tensors}) > 1
+        backend = None
+        for (held_by, kind, stored_as), group in kinds.items():
+            if several and held_by != backend:
+                backend = held_by
+                lines.append(f"for {backend}")
             mean = sum(t.relative_error for t in group) / len(group)
             label = f"{kind} x {len(group)}" if len(group) > 1 else kind
             lines.append(

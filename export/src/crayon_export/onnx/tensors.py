@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,25 +37,34 @@ class ExternalData:
         self.initializers: list[onnx.TensorProto] = []
 
     def add(self, name: str, array: npt.NDArray[np.generic]) -> None:
-        self.add_chunks(name, array.dtype, array.shape, [array])
+        tensor = self.open(name, array.dtype, array.shape)
+        tensor.write(array)
+        tensor.close()
 
-    def add_chunks(
-        self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...], chunks: Iterable[npt.NDArray[np.generic]]
-    ) -> None:
-        """Append one tensor whose bytes are those of `chunks` in order."""
-        dtype = np.dtype(dtype)
-        nbytes = dtype.itemsize * int(np.prod(shape))
+    def open(self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> OpenTensor:
+        """Begin to append a tensor; the next one begins when this one is closed."""
+        nbytes = np.dtype(dtype).itemsize * int(np.prod(shape))
         # Large tensors start on a page, so that a loader can map them.
         self._file.write(bytes(-self._file.tell() % (_PAGE if nbytes >= _PAGE else _ALIGNMENT)))
-        start = self._file.tell()
-        for chunk in chunks:
-            self._file.write(_bytes(chunk, dtype))
-        assert self._file.tell() - start == nbytes, f"{name}: {self._file.tell() - start} bytes for {nbytes}"
-        tensor = onnx.TensorProto(name=name, data_type=_TYPES[dtype], dims=shape)
+        tensor = onnx.TensorProto(name=name, data_type=_TYPES[np.dtype(dtype)], dims=shape)
         tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", self._location), ("offset", str(start)), ("length", str(nbytes))):
-            tensor.external_data.add(key=key, value=value)
+        for key, value in (("location", self._location), ("offset", self._file.tell()), ("length", nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
         self.initializers.append(tensor)
+        return OpenTensor(self._file, name, np.dtype(dtype), self._file.tell() + nbytes)
+
+
+class OpenTensor:
+    """A tensor whose bytes are being appended."""
+
+    def __init__(self, file: _Output, name: str, dtype: np.dtype[Any], end: int) -> None:
+        self._file, self._name, self._dtype, self._end = file, name, dtype, end
+
+    def write(self, chunk: npt.NDArray[np.generic]) -> None:
+        self._file.write(_bytes(chunk, self._dtype))
+
+    def close(self) -> None:
+        assert self._file.tell() == self._end, f"{self._name}: {self._end - self._file.tell()} bytes are missing"
 
 
 def _bytes(chunk: npt.NDArray[np.generic], dtype: np.dtype[np.generic]) -> memoryview:

@@ -1,0 +1,115 @@
+"""From stored weights to program files, without importing torch before that is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from crayon_export.executorch.quiet import quiet
+from crayon_export.executorch.storage import ProgramStorage
+from crayon_export.lora import PeftAdapter
+from crayon_runtime.errors import BackendError, MissingExtra
+from crayon_runtime.manifest import Architecture, Tokenizer
+
+
+class ProgramSpec(NamedTuple):
+    """What a program depends on beside its weights."""
+
+    name: str
+    """For messages."""
+    architecture: Architecture
+    tokenizer: Tokenizer
+    context_length: int
+    kv_dtype: str
+    """"fp32" or "int8"."""
+    tap_layer: int
+    """Index into transformers' `hidden_states`."""
+
+
+class ProgramFiles(NamedTuple):
+    program: Path
+    data: Path
+
+
+def check_installed() -> None:
+    """Raises: MissingExtra: ExecuTorch's exporter is not installed."""
+    if importlib.util.find_spec("executorch") is None or importlib.util.find_spec("torch") is None:
+        raise MissingExtra("pte", "exporting for ExecuTorch")
+
+
+def make_programs(
+    storage: ProgramStorage,
+    adapters: Sequence[PeftAdapter],
+    spec: ProgramSpec,
+    folder: Path,
+    on_stage: Callable[[str], None] = lambda _: None,
+) -> list[ProgramFiles]:
+    """Make the programs of a model and of its adapters.
+
+    Args:
+        storage: filled with the weights.
+        folder: for the files.
+        on_stage: told what comes next.
+
+    Returns:
+        The base's files, then those of each adapter.
+
+    Raises:
+        BackendError: ExecuTorch's exporter fails.
+    """
+    try:
+        return _make(storage, adapters, spec, folder, on_stage)
+    except (OSError, MemoryError):
+        raise
+    except Exception as e:  # of torch, torchao and executorch, which have no common one
+        raise BackendError(
+            f"ExecuTorch's exporter failed: {type(e).__name__}: {str(e)[:500]}",
+            where=spec.name,
+            do="see docs/troubleshooting.md; --backend onnx does without it",
+        ) from e
+
+
+def _make(
+    storage: ProgramStorage,
+    adapters: Sequence[PeftAdapter],
+    spec: ProgramSpec,
+    folder: Path,
+    on_stage: Callable[[str], None],
+) -> list[ProgramFiles]:
+    on_stage("loading ExecuTorch's exporter")
+    with quiet():
+        from crayon_export.executorch import official
+
+    names = [official.BASE, *(f"adapter-{i}" for i in range(len(adapters)))]
+    traced = {}
+    for name, adapter in zip(names, [None, *adapters], strict=True):
+        on_stage(f"tracing {adapter.name if adapter else spec.name}")
+        targets = adapter.targets if adapter else ()
+        with quiet():
+            model = official.build(
+                spec.architecture,
+                storage.tensors,
+                context_length=spec.context_length,
+                kv_dtype=spec.kv_dtype,
+                tap_layer=spec.tap_layer,
+                adapter={module: storage.stored_adapter(adapter, module) for module in targets if adapter},
+            )
+            traced[name] = official.trace(model, name, context_length=spec.context_length)
+    constants = {
+        "get_n_layers": spec.architecture.layers,
+        "get_vocab_size": spec.architecture.vocab_size,
+        "get_tap_size": spec.architecture.hidden_size,
+        "get_eos_ids": spec.tokenizer.eos,
+        **({} if spec.tokenizer.bos is None else {"get_bos_id": spec.tokenizer.bos}),
+    }
+    on_stage(f"lowering, about {10 * spec.architecture.layers * len(names)} seconds of one core")
+    with quiet():
+        lowered = official.lower(traced, constants, context_length=spec.context_length)
+    on_stage("writing programs")
+    files = [ProgramFiles(folder / f"{name}.pte", folder / f"{name}.ptd") for name in names]
+    with quiet():
+        for name, (program, data) in zip(names, files, strict=True):
+            lowered.write(name, program, data)
+    return files

@@ -1,0 +1,129 @@
+"""The weights in the formats that XNNPACK computes with, kept in files until a program is made of them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from crayon_export.lora import PeftAdapter
+from crayon_export.quantize import Affine, Codes
+from crayon_export.report import TensorReport
+from crayon_export.storage import Error, Matrix, in_pieces, scaled
+
+Floats = npt.NDArray[np.float32]
+
+GROUP_SIZES = (128, 64, 32)
+_PER_ROW = Affine(8, 0)
+
+
+class Stored(NamedTuple):
+    """A tensor as the program will hold it."""
+
+    values: Codes | Floats
+    """int8 codes [out, in], or float32."""
+    scales: Floats | None
+    """float32 [out, groups], not yet rounded; None: the values are float32."""
+    form: Affine | None
+
+
+def linear_form(width: int, group_size: int | None) -> Affine | None:
+    """The format of a linear layer of this width: groups of the size that was asked for, or of the next smaller one that divides it.
+
+    None: float32, because it was asked for, or because no group divides the width. The official exporter leaves in float every layer
+    that the size asked for does not divide, and does not say so.
+    """
+    sizes = [size for size in GROUP_SIZES if group_size is not None and size <= group_size and width % size == 0]
+    return Affine(4, sizes[0]) if sizes else None
+
+
+class ProgramStorage:
+    """`storage.Storage` in a scratch folder, one file a matrix.
+
+    Linear layers are int4 in groups with activations quantized to int8 while they run ("8da4w"), the embedding is int8 by row, the A
+    and B of adapters int8 by output channel.
+
+    Args:
+        group_size: one of `GROUP_SIZES`; None: everything is float32.
+        pool: quantizes.
+    """
+
+    backend = "executorch"
+
+    def __init__(self, folder: Path, *, group_size: int | None, pool: ThreadPoolExecutor) -> None:
+        self._folder = folder
+        self._group_size = group_size
+        self._pool = pool
+        self.tensors: dict[str, Stored] = {}
+        """By the name in the checkpoint; an untied and a tied head alike as lm_head.weight."""
+
+    @property
+    def lossy(self) -> bool:
+        return self._group_size is not None
+
+    def embedding(self, name: str, rows: int, width: int) -> Matrix:
+        return _File(self, name, rows, width, _PER_ROW if self.lossy else None)
+
+    def linear(self, module: str, rows: int, width: int) -> Matrix:
+        return _File(self, f"{module}.weight", rows, width, linear_form(width, self._group_size))
+
+    def vector(self, name: str, values: Floats) -> None:
+        self.tensors[name] = Stored(values, None, None)
+
+    def adapter(self, adapter: PeftAdapter, module: str) -> tuple[Floats, Floats]:
+        a, b = (_worth(stored) for stored in self.stored_adapter(adapter, module))
+        return a, b
+
+    def stored_adapter(self, adapter: PeftAdapter, module: str) -> tuple[Stored, Stored]:
+        """A [r, in] and B [out, r], the factor alpha/r included, as the program will hold them."""
+        a, b = (_per_row(matrix) if self.lossy else Stored(matrix, None, None) for matrix in scaled(adapter, module))
+        return a, b
+
+    def create(self, name: str, rows: int, width: int, dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
+        path = self._folder / f"{len(self.tensors)}-{name}"
+        return np.memmap(path, dtype, "w+", shape=(rows, width))
+
+    def in_pieces(self, rows: Floats, form: Affine) -> list[tuple[Codes, Floats]]:
+        return in_pieces(self._pool, form.quantize, rows)
+
+
+class _File:
+    def __init__(self, storage: ProgramStorage, name: str, rows: int, width: int, form: Affine | None) -> None:
+        self._storage, self._name, self._form = storage, name, form
+        self._values = storage.create(name, rows, width, np.float32 if form is None else np.int8)
+        self._scales: list[Floats] = []
+        self._done = 0
+        self._error = Error()
+
+    def add(self, rows: Floats) -> Floats:
+        here = slice(self._done, self._done + len(rows))
+        self._done += len(rows)
+        if self._form is None:
+            self._values[here] = rows
+            return rows
+        pieces = self._storage.in_pieces(rows, self._form)
+        self._values[here] = np.concatenate([codes for codes, _ in pieces])
+        self._scales += [scales for _, scales in pieces]
+        worth = np.concatenate([self._form.dequantize(*piece) for piece in pieces])
+        self._error.add(rows, worth)
+        return worth
+
+    def close(self) -> TensorReport:
+        form, (rows, width) = self._form, self._values.shape
+        scales = None if form is None else np.concatenate(self._scales)
+        self._storage.tensors[self._name] = Stored(self._values, scales, form)  # type: ignore[arg-type]
+        stored_as = form.name if form else "fp32"
+        group_size, nbytes = (form.group_size, form.nbytes(rows, width)) if form else (0, 4 * rows * width)
+        return self._error.report("executorch", self._name, stored_as, group_size, nbytes)
+
+
+def _per_row(matrix: Floats) -> Stored:
+    return Stored(*_PER_ROW.quantize(matrix), _PER_ROW)
+
+
+def _worth(stored: Stored) -> Floats:
+    values, scales, form = stored
+    return np.asarray(values, np.float32) if form is None or scales is None else form.dequantize(values, scales)  # type: ignore[arg-type]
