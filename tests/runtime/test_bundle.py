@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from crayon_runtime.bundle import Bundle, install
+from crayon_runtime.bundle import Bundle, BundleWriter, install
 from crayon_runtime.bundle.checks import check_folder
 from crayon_runtime.bundle.source import Folder
 from crayon_runtime.errors import BundleError, IntegrityError, InvalidInput, ManifestError, SchemaTooNew
@@ -215,6 +215,21 @@ def test_a_mislabelled_file_is_not_loaded(model: Path, path: str, content: bytes
     edit_manifest(model, size)
     with pytest.raises(IntegrityError, match="does not begin as"):
         Bundle.open(model)
+
+
+@pytest.mark.parametrize("name, identifier", [("model.pte", b"ET12"), ("model.ptd", b"FT01")])
+def test_files_of_executorch_begin_as_such(tmp_path: Path, name: str, identifier: bytes) -> None:
+    def write(content: bytes) -> None:
+        with BundleWriter(tmp_path / "m", replace=True) as writer:
+            for path, usual in FILES.items():
+                writer.add_bytes(path, usual)
+            writer.add_bytes(name, content)
+            writer.finish(MODEL)
+
+    write(b"\x40\0\0\0" + identifier + bytes(100))
+    for content in (b"", b"\x40\0\0\0XX12" + bytes(100), b"\x40\0\0\0" + identifier):
+        with pytest.raises(IntegrityError, match=f"{name} does not begin as"):
+            write(content)
 
 
 def test_onnxruntime_writes_adapters_with_the_header_that_is_expected(tmp_path: Path) -> None:

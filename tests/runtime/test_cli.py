@@ -169,7 +169,9 @@ def model(tmp_path: Path) -> Path:
 
 def result(name: str, problem: str | None = None) -> CaseResult:
     error = float("nan") if problem else 2e-5
-    return CaseResult(name, None, problem is None, error, 2e-6, 3e-9, Tolerance("onnx", "any", 1e-3, 1e-3), problem)
+    return CaseResult(
+        name, None, problem is None, error, 2e-6, 3e-9, Tolerance("onnx", "any", 1e-3, 1e-3), "onnx", problem
+    )
 
 
 @pytest.fixture
@@ -185,9 +187,9 @@ def test_verify(model: Path, cases: list[CaseResult], capsys: Output) -> None:
     captured = capsys.readouterr()
     assert captured.err == "8 files, 8.6 kB: sizes and hashes are right\n"
     assert captured.out.splitlines() == [
-        "golden case  adapter  logit error  tap error       KL",
-        "greeting     -            2.0e-05    2.0e-06  3.0e-09  ok",
-        "command      -            2.0e-05    2.0e-06  3.0e-09  ok",
+        "golden case  adapter  backend  logit error  tap error       KL",
+        "greeting     -        onnx         2.0e-05    2.0e-06  3.0e-09  ok",
+        "command      -        onnx         2.0e-05    2.0e-06  3.0e-09  ok",
     ]
 
 
@@ -201,7 +203,7 @@ def test_verify_as_json(model: Path, cases: list[CaseResult], capsys: Output) ->
     assert [case["passed"] for case in printed["golden"]] == [True, True, False]
     assert [case["logit_error"] for case in printed["golden"]] == [2e-5, 2e-5, None]
     assert printed["golden"][0]["tolerance"]["logits"] == 1e-3
-    assert "error: 1 of 3 golden cases failed: strange" in captured.err
+    assert "error: 1 of 3 golden cases failed: strange (onnx)" in captured.err
 
 
 @pytest.mark.parametrize("form", ["folder", "archive"])

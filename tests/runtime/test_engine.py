@@ -795,8 +795,8 @@ def test_a_chat_computes_only_what_is_new() -> None:
 def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[Any, ...]] = []
 
-    def load(bundle: Bundle, name: str, *, threads: int | None) -> FakeBackend:
-        made.append((bundle.path, name, threads))
+    def load(bundle: Bundle, name: str, *, threads: int | None, adapter: Bundle | None) -> FakeBackend:
+        made.append((bundle.path, name, threads, adapter and adapter.path))
         return FakeBackend([*byte_ids("ok"), EOS], vocab_size=VOCAB_SIZE)
 
     monkeypatch.setattr(backends, "load", load)
@@ -805,7 +805,30 @@ def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with Engine.load(source, threads=2) as e:
             e.set_adapter("bob")
             assert (e.generate("the").text, e.adapter) == ("ok", "bob")
-    assert made == [(bundle.path, "auto", 2)] * 3
+    assert made == [(bundle.path, "auto", 2, None)] * 3
+    for adapter in ("bob", tmp_path / "bob", Bundle.open(tmp_path / "bob")):
+        with Engine.load(bundle, backend="onnx", adapter=adapter) as e:
+            assert e.adapter == "bob"
+        assert made[-1] == (
+            bundle.path,
+            "onnx",
+            None,
+            bundle.adapter("bob").path if adapter == "bob" else tmp_path / "bob",
+        )
+    with pytest.raises(AdapterError, match="there is no adapter 'dave'"):
+        Engine.load(bundle, adapter="dave")
+
+    with monkeypatch.context() as patch:
+        unfit: list[FakeBackend] = []
+
+        def read_adapter(backend: FakeBackend, adapter: Bundle) -> FakeAdapter:
+            unfit.append(backend)
+            raise AdapterError("it does not fit")
+
+        patch.setattr(FakeBackend, "read_adapter", read_adapter)
+        with pytest.raises(AdapterError, match="does not fit"):
+            Engine.load(bundle, adapter="bob")
+        assert [backend.closed for backend in unfit] == [True]
     with pytest.raises(ManifestError, match="is an adapter, not a model"):
         Engine.load(tmp_path / "alice")
     with pytest.raises(BundleError, match="there is no bundle here"):

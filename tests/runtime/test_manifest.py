@@ -101,12 +101,28 @@ def test_paths_that_cannot_be_together_are_refused(document: bytes, paths: list[
         lambda raw: raw["tokenizer"].update(file="other.json"),
         lambda raw: raw["variants"]["onnx"].update(model="other.onnx"),
         lambda raw: raw["variants"]["onnx"]["data"].append("/etc/passwd"),
+        lambda raw: raw["variants"].update(executorch={"program": "model.pte", "data": []}),
+        lambda raw: raw["variants"].update(executorch={"program": "model.onnx", "data": ["model.ptd"]}),
         lambda raw: raw["golden"].update(tensors="other.safetensors"),
     ],
 )
 def test_a_reference_to_a_file_that_is_not_listed_is_refused(document: bytes, edit: Edit) -> None:
     with pytest.raises(ManifestError, match="`files` does not list"):
         manifest.parse(edited(document, edit))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"onnx": {"file": "other.onnx_adapter"}},
+        {"executorch": {"program": "adapter.pte", "data": [], "dtype": "fp32"}},
+        {"executorch": {"program": "adapter.onnx_adapter", "data": ["adapter.ptd"], "dtype": "int8"}},
+    ],
+)
+def test_an_adapter_refers_to_its_own_files(tmp_path: Path, variant: dict[str, Any]) -> None:
+    document = (write_adapter(tmp_path / "a") / "manifest.json").read_bytes()
+    with pytest.raises(ManifestError, match="`files` does not list"):
+        manifest.parse(edited(document, lambda raw: raw.update(variants=variant)))
 
 
 @pytest.mark.parametrize("folder", ["adapters/bob", "../alice", "/adapters/alice", "."])

@@ -1,9 +1,7 @@
-"""The ONNX Runtime backend on real, tiny bundles. That its numbers are right is for tests/export/test_exporter.py."""
+"""What is ONNX Runtime's own about its backend: adapter files and graphs. What all backends do is in test_real_backends.py."""
 
 from __future__ import annotations
 
-import threading
-import tracemalloc
 from pathlib import Path
 
 import msgspec
@@ -12,25 +10,21 @@ import onnxruntime as ort
 import pytest
 
 from crayon_export.exporter import export
-from crayon_runtime import Engine, backends
-from crayon_runtime.backends.fake import FakeAdapter
+from crayon_runtime import backends
 from crayon_runtime.backends.onnx import OnnxBackend
 from crayon_runtime.backends.onnx_adapter import Tensor
 from crayon_runtime.bundle import Bundle, BundleWriter, write_adapter
 from crayon_runtime.errors import AdapterError, BackendError
 from crayon_runtime.manifest import AdapterDtype, AdapterVariants, OnnxAdapterVariant
-from tests.export.models import tiny_adapter, tiny_llama, tiny_tokenizer
+from tests.programs import CONTEXT, tiny_model
 
-CONTEXT = 4096
 Q = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("onnx")
-    model = tiny_tokenizer(tiny_llama(folder / "model", max_position_embeddings=CONTEXT))
-    names = ("alice", "bruno")
-    adapters = [tiny_adapter(model, folder / name, seed=i, gain=2.0) for i, name in enumerate(names)]
+    model, adapters = tiny_model(folder)
     return export(model, folder / "bundle", context_length=CONTEXT, adapters=adapters).bundle
 
 
@@ -43,85 +37,6 @@ def backend(bundle: Bundle) -> OnnxBackend:
 
 def _zeros(*shape: int) -> Tensor:
     return (shape[0], shape[1]), lambda: np.zeros(shape, np.float32)
-
-
-def test_a_decoded_token_allocates_nothing_that_grows_with_the_context(backend: OnnxBackend) -> None:
-    cache = backend.new_cache()
-    cache.prefill(np.full(CONTEXT - 100, 5, np.int64))
-    cache.decode(7)
-    tracemalloc.start()
-    try:
-        before = tracemalloc.get_traced_memory()[0]
-        tracemalloc.reset_peak()
-        for token in range(20):
-            cache.decode(token)
-        grown = tracemalloc.get_traced_memory()[1] - before
-    finally:
-        tracemalloc.stop()
-    assert grown < CONTEXT  # an attention mask alone would be 8 bytes a token
-
-
-def test_chunks_rewinds_and_resets_give_what_one_run_gives(backend: OnnxBackend) -> None:
-    ids = np.random.default_rng(0).integers(3, 320, 40)
-    whole = backend.new_cache().prefill(ids)
-    logits, taps = whole.logits.copy(), whole.tap_sum.copy()
-
-    cache = backend.new_cache()
-    sums = cache.prefill(ids[:17]).tap_sum.copy()
-    cache.prefill(ids[17:33])
-    cache.decode(3)
-    cache.rewind(17)
-    assert cache.length == 17
-    sums += cache.prefill(ids[17:39]).tap_sum
-    step = cache.decode(int(ids[39]))
-    spread = logits.std()
-    np.testing.assert_allclose(step.logits, logits, atol=0.1 * spread)  # int8 activations, rounded by chunk
-    np.testing.assert_allclose(sums + step.tap_sum, taps, atol=0.05 * np.abs(taps).max())
-
-    cache.reset(None)
-    np.testing.assert_array_equal(cache.prefill(ids).logits, logits)
-
-
-def test_threads_get_the_answers_that_they_would_get_alone(bundle: Bundle) -> None:
-    prompts = [f"{name} tells of {i}" for i, name in enumerate(["a robot", "the sea", "an alarm", "milk"])]
-    with Engine.load(bundle, threads=1) as engine:
-        alone = [engine.generate(p, max_new_tokens=24).token_ids for p in prompts]
-        together: dict[int, list[int]] = {}
-
-        def answer(i: int) -> None:
-            together[i] = engine.generate(prompts[i], max_new_tokens=24).token_ids
-
-        threads = [threading.Thread(target=answer, args=(i,)) for i in range(len(prompts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert [together[i] for i in range(len(prompts))] == alone
-
-
-def test_a_swap_between_pieces_of_a_running_answer_is_for_the_next_one(bundle: Bundle) -> None:
-    with Engine.load(bundle, threads=1) as engine:
-        alone = {}
-        for name in (None, "alice", "bruno"):
-            engine.set_adapter(name)
-            alone[name] = engine.generate("the sea", max_new_tokens=24).token_ids
-        assert len({tuple(ids) for ids in alone.values()}) == 3
-
-        engine.set_adapter("alice")
-        stream = engine.stream("the sea", max_new_tokens=24)
-        ids = [next(stream).token_id]
-        engine.set_adapter("bruno")
-        assert engine.generate("the sea", max_new_tokens=24).token_ids == alone["bruno"]
-        ids += [piece.token_id for piece in stream]
-        assert ids == alone["alice"]
-
-
-def test_more_tokens_than_the_cache_holds(backend: OnnxBackend) -> None:
-    cache = backend.new_cache()
-    with pytest.raises(BackendError, match=f"{CONTEXT + 1} tokens in a cache of {CONTEXT}"):
-        cache.prefill(np.zeros(CONTEXT + 1, np.int64))
-    with pytest.raises(BackendError, match="cannot rewind"):
-        cache.rewind(1)
 
 
 @pytest.mark.parametrize(
@@ -232,11 +147,6 @@ def test_an_adapter_file_that_lies(
         backend.read_adapter(lies)
 
 
-def test_an_adapter_of_another_backend(backend: OnnxBackend) -> None:
-    with pytest.raises(AdapterError, match="read by another backend"):
-        backend.new_cache(FakeAdapter("alice"))
-
-
 def test_a_graph_that_onnxruntime_refuses(bundle: Bundle, tmp_path: Path) -> None:
     """Every hash is right, and still it is no model: a broken exporter, say."""
     model = bundle.model
@@ -248,8 +158,3 @@ def test_a_graph_that_onnxruntime_refuses(bundle: Bundle, tmp_path: Path) -> Non
         writer.finish(msgspec.structs.replace(model, adapters=[]))
     with pytest.raises(BackendError, match="refuses the model"):
         backends.load(Bundle.open(tmp_path / "broken"))
-
-
-def test_a_backend_that_there_is_not(bundle: Bundle) -> None:
-    with pytest.raises(BackendError, match="no backend 'tpu'"):
-        backends.load(bundle, "tpu")

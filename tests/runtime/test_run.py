@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from crayon_runtime.cli import main
 from crayon_runtime.cli.run import chat, run
 from crayon_runtime.engine import Engine
-from crayon_runtime.errors import ContextOverflow, InvalidInput
+from crayon_runtime.errors import AdapterError, ContextOverflow, InvalidInput
 from tests.runtime import tiny
 from tests.runtime.tiny import EOS, TOKENIZER, byte_ids, fake
 from tests.support import needs
@@ -30,7 +30,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"script": ANSWER, "chat_template": None, "context_length": 512}
     inside = tiny.bundle(tmp_path)
 
-    def load(bundle: Path, *, backend: str, threads: int | None) -> Engine:
+    def load(bundle: Path, *, backend: str, threads: int | None, adapter: str | None) -> Engine:
         record.update(bundle=bundle, backend=backend, threads=threads)
         record["engine"] = tiny.engine(
             record["script"],
@@ -38,6 +38,11 @@ def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
             context_length=record["context_length"],
             bundle=inside,
         )
+        try:
+            record["engine"].set_adapter(adapter)
+        except AdapterError:
+            record["engine"].close()
+            raise
         return record["engine"]  # type: ignore[no-any-return]
 
     monkeypatch.setattr(Engine, "load", load)

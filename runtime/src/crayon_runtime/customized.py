@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, UnsetType
 
 from crayon_runtime.bundle import Bundle
 from crayon_runtime.errors import CrayonError, InvalidInput, ManifestError, ServerError
@@ -100,6 +100,12 @@ def state_folder(bundle: str | os.PathLike[str]) -> Path:
     """Where the customized adapter of a bundle is kept: beside it."""
     path = Path(bundle).absolute()
     return path.with_name(f"{path.name}.customized")
+
+
+def backend_for(model: Bundle, backend: str) -> str:
+    """The backend to load where a model may be customized: adapters are blended for ONNX Runtime, so that is what "auto" then means."""
+    serves_onnx = not isinstance(model.model.variants.onnx, UnsetType)
+    return "onnx" if backend == "auto" and serves_onnx else backend
 
 
 def cache_folder(folder: Path) -> Path:

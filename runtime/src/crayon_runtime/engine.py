@@ -71,25 +71,39 @@ class Engine:
 
     @classmethod
     def load(
-        cls, bundle: str | os.PathLike[str] | Bundle, *, backend: str = "auto", threads: int | None = None
+        cls,
+        bundle: str | os.PathLike[str] | Bundle,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        adapter: str | os.PathLike[str] | Bundle | None = None,
     ) -> Engine:
         """Load a model bundle.
 
         Args:
             bundle: its folder, its `.crayon` archive, or the opened bundle.
-            backend: "auto", or the name of one.
+            backend: "onnx", "executorch", or "auto" for the faster one of those that are here and that the bundle serves.
             threads: how many cores to compute on; None: the backend chooses.
+            adapter: what to answer with, as in `set_adapter`; "auto" takes a backend that it was made for.
 
         Raises:
             BundleError: it is not a whole model bundle.
             BackendError: the backend is not there, or cannot run it.
+            AdapterError: there is no such adapter, or it does not fit this model.
         """
         if threads is not None and (not is_integer(threads) or threads < 1):
             raise InvalidInput(f"threads is {threads!r}; it must be a whole number from 1", where="threads")
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         info = bundle.model.tokenizer
         tokenizer = Tokenizer(info, bundle.file(info.file))
-        return cls(backends.load(bundle, backend, threads=threads), tokenizer, bundle)
+        wanted = _adapter_bundle(bundle, adapter) if isinstance(adapter, str | os.PathLike) else adapter
+        engine = cls(backends.load(bundle, backend, threads=threads, adapter=wanted), tokenizer, bundle)
+        try:
+            engine.set_adapter(wanted)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """Answer a prompt.
@@ -232,7 +246,7 @@ class Engine:
         """
         self._check_open()
         if isinstance(adapter, str | os.PathLike):
-            adapter = self._find_adapter(adapter)
+            adapter = _adapter_bundle(self.bundle, adapter)
         return self._read_adapter(adapter) if isinstance(adapter, Bundle) else adapter
 
     def read_adapter(self, bundle: Bundle) -> Adapter:
@@ -281,18 +295,6 @@ class Engine:
         session.prefill(tail)
         return (session.tap_sum - head_sum) / len(tail) if part == "answer" else session.tap_sum / length
 
-    def _find_adapter(self, name: str | os.PathLike[str]) -> Bundle:
-        names = self.bundle.adapter_names if self.bundle else []
-        if self.bundle and name in names:
-            return self.bundle.adapter(str(name))
-        if Path(name).exists():
-            return Bundle.open(name)
-        raise AdapterError(
-            f"there is no adapter {str(name)!r}",
-            where=self.bundle.path if self.bundle else None,
-            do=f"choose one of {', '.join(names)}, or give a path" if names else "give the path of an adapter bundle",
-        )
-
     def _read_adapter(self, bundle: Bundle) -> Adapter:
         with self._lock:
             self._check_open()
@@ -334,6 +336,20 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosed("the engine is closed", do="load it again, or close it later")
+
+
+def _adapter_bundle(model: Bundle | None, name: str | os.PathLike[str]) -> Bundle:
+    """An adapter inside a model, or at a path."""
+    names = model.adapter_names if model else []
+    if model and name in names:
+        return model.adapter(str(name))
+    if Path(name).exists():
+        return Bundle.open(name)
+    raise AdapterError(
+        f"there is no adapter {str(name)!r}",
+        where=model.path if model else None,
+        do=f"choose one of {', '.join(names)}, or give a path" if names else "give the path of an adapter bundle",
+    )
 
 
 def _pair(text: object, where: str) -> tuple[str, str]:

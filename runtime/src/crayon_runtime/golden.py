@@ -49,6 +49,8 @@ class Case(Struct, frozen=True, kw_only=True):
     """Positions in `ids` after which the logits are recorded; none before the end of the prompt."""
     kl_to_float: list[float]
     """At each step, KL(float model || this one) in nats: the price of quantization, for the reader. Nothing is held against it."""
+    backend: str | None = None
+    """The only backend whose weights the case is of; None: those of all."""
 
 
 class Tolerance(Struct, frozen=True):
@@ -79,6 +81,7 @@ class CaseResult:
     kl: float
     """KL(reference || backend) in nats, the largest over the steps."""
     tolerance: Tolerance
+    backend: str
     problem: str | None = None
 
 
@@ -105,9 +108,10 @@ def replay(
     threads: int | None = None,
     on_case: Callable[[CaseResult], None] | None = None,
 ) -> list[CaseResult]:
-    """Run every golden case of a bundle.
+    """Run the golden cases of a bundle.
 
     Args:
+        backend: what runs those that are its own or everybody's; "auto": one after the other, each that is here and that the bundle serves.
         on_case: called after each.
 
     Raises:
@@ -115,36 +119,47 @@ def replay(
         IntegrityError: the recorded cases are damaged.
     """
     from crayon_runtime import backends
-    from crayon_runtime.tokenizer import Tokenizer
 
     golden, arrays = read(bundle)
     if not golden.cases:
         return []
-    model = bundle.model
-    tokenizer = Tokenizer(model.tokenizer, bundle.file(model.tokenizer.file))
-    loaded = backends.load(bundle, backend, threads=threads)
+    names = backends.available(bundle) if backend == "auto" else []
     results = []
-    try:
-        tolerance = _tolerance(golden, loaded.name, bundle)
-        adapters: dict[str | None, Adapter | None] = {None: None}
-        for case in golden.cases:
-            if case.adapter not in adapters:
-                adapters[case.adapter] = loaded.read_adapter(bundle.adapter(case.adapter or ""))
-            try:
-                logits, taps = arrays[f"{case.name}.logits"], arrays[f"{case.name}.taps"]
-            except KeyError as e:
-                raise IntegrityError(f"golden case {case.name!r} has no array {e}", where=bundle.path) from None
-            result = _replay(case, logits, taps, loaded, adapters[case.adapter], tolerance)
-            if result.passed and case.text is not None and tokenizer.encode(case.text) != case.ids:
-                result = CaseResult(
-                    case.name, case.adapter, False, result.logit_error, result.tap_error, result.kl, tolerance,
-                    problem="the tokenizer gives other ids for its text",
-                )  # fmt: skip
-            results.append(result)
-            if on_case:
-                on_case(result)
-    finally:
-        loaded.close()
+    for name in names or [backend]:
+        loaded = backends.load(bundle, name, threads=threads)
+        try:
+            results += _replay_all(bundle, golden, arrays, loaded, on_case or (lambda _: None))
+        finally:
+            loaded.close()
+    return results
+
+
+def _replay_all(
+    bundle: Bundle, golden: Golden, arrays: dict[str, Floats], loaded: Backend, on_case: Callable[[CaseResult], None]
+) -> list[CaseResult]:
+    from crayon_runtime.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(bundle.model.tokenizer, bundle.file(bundle.model.tokenizer.file))
+    tolerance = _tolerance(golden, loaded.name, bundle)
+    adapters: dict[str | None, Adapter | None] = {None: None}
+    results = []
+    for case in golden.cases:
+        if case.backend not in (None, loaded.name):
+            continue
+        if case.adapter not in adapters:
+            adapters[case.adapter] = loaded.read_adapter(bundle.adapter(case.adapter or ""))
+        try:
+            logits, taps = arrays[f"{case.name}.logits"], arrays[f"{case.name}.taps"]
+        except KeyError as e:
+            raise IntegrityError(f"golden case {case.name!r} has no array {e}", where=bundle.path) from None
+        result = _replay(case, logits, taps, loaded, adapters[case.adapter], tolerance)
+        if result.passed and case.text is not None and tokenizer.encode(case.text) != case.ids:
+            result = CaseResult(
+                case.name, case.adapter, False, result.logit_error, result.tap_error, result.kl, tolerance, loaded.name,
+                problem="the tokenizer gives other ids for its text",
+            )  # fmt: skip
+        results.append(result)
+        on_case(result)
     return results
 
 
@@ -198,7 +213,15 @@ def _replay(
         problem = "another token is the most likely one"
     kl = float(kl_divergence(logits, got).max())
     return CaseResult(
-        case.name, case.adapter, problem is None, float(logit_errors.max()), tap_error, kl, tolerance, problem
+        case.name,
+        case.adapter,
+        problem is None,
+        float(logit_errors.max()),
+        tap_error,
+        kl,
+        tolerance,
+        backend.name,
+        problem,
     )
 
 

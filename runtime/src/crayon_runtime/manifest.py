@@ -90,7 +90,10 @@ class Architecture(Struct, frozen=True):
 
 
 class Quantization(Struct, frozen=True):
-    """How the weights of the linear layers are stored. Symmetric; one scale per group of input columns of a row."""
+    """How the weights of the linear layers are stored. Symmetric; one scale per group of input columns of a row.
+
+    Of a bundle with several variants: weights and group size are those of all, the embedding is that of the ONNX variant.
+    """
 
     weights: Literal["int4", "int8", "none"]
     group_size: Annotated[int, Meta(ge=0, description="0: not quantized")]
@@ -117,10 +120,10 @@ class OnnxVariant(Struct, frozen=True):
 
 
 class ExecutorchVariant(Struct, frozen=True):
-    """A program for ExecuTorch, with its weights."""
+    """A program for ExecuTorch, with its weights; docs/bundle.md lists its methods."""
 
     program: Path
-    data: list[Path]
+    data: Annotated[list[Path], Meta(description=".ptd files that hold the weights")]
 
 
 class Variants(Struct, frozen=True, omit_defaults=True):
@@ -203,8 +206,19 @@ class OnnxAdapterVariant(Struct, frozen=True):
     ] = "fp32"
 
 
+class ExecutorchAdapterVariant(Struct, frozen=True):
+    """A program for ExecuTorch that computes the base and the adapter over one KV cache."""
+
+    program: Path
+    data: Annotated[
+        list[Path], Meta(description=".ptd files that hold A and B, with alpha/r in B; all else is in the base's files")
+    ]
+    dtype: Annotated[AdapterDtype, Meta(description="of the stored A and B. int8: one scale for each output channel")]
+
+
 class AdapterVariants(Struct, frozen=True, omit_defaults=True):
     onnx: OnnxAdapterVariant | UnsetType = UNSET
+    executorch: ExecutorchAdapterVariant | UnsetType = UNSET
 
 
 class BlendedFrom(Struct, frozen=True):
@@ -340,8 +354,11 @@ def _referenced(manifest: Manifest) -> set[str]:
     """Every file that the manifest points to outside `files`."""
     found: list[str] = []
     if isinstance(manifest, AdapterManifest):
-        adapter = manifest.variants.onnx
-        found += [adapter.file] if isinstance(adapter, OnnxAdapterVariant) else []
+        adapter = manifest.variants
+        if isinstance(adapter.onnx, OnnxAdapterVariant):
+            found.append(adapter.onnx.file)
+        if isinstance(adapter.executorch, ExecutorchAdapterVariant):
+            found += [adapter.executorch.program, *adapter.executorch.data]
         found += [manifest.prototypes.file] if manifest.prototypes else []
     else:
         v = manifest.variants

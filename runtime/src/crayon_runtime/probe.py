@@ -1,4 +1,4 @@
-"""What this machine gives: memory bandwidth, and the memory that this process took.
+"""What this machine is and gives: its processor, memory bandwidth, free memory, and the memory that this process took.
 
 Bandwidth is what limits decoding: every token reads every weight once. Its probe is the maximum over int32: vectorized on every platform that numpy knows, without the GIL, and as fast as the C
 library's `memchr` over the same bytes, so what it measures is memory.
@@ -6,6 +6,9 @@ library's `memchr` over the same bytes, so what it measures is memory.
 
 from __future__ import annotations
 
+import hashlib
+import os
+import platform
 import statistics
 import sys
 import time
@@ -47,6 +50,42 @@ def read_bandwidth(nbytes: int, threads: int, *, repetitions: int = 5) -> float:
             list(pool.map(_read, parts, [passes] * threads))
             times.append(time.perf_counter() - start)
     return passes * sum(part.nbytes for part in parts) / statistics.median(times[1:])
+
+
+def processor() -> str:
+    """16 hex digits that tell this kind of processor from others: by its name, and by the instructions that it has."""
+    told = {platform.machine()}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.partition(":")[0].strip().lower() in _KINDS:
+                told.add(line)
+    except OSError:
+        pass  # not Linux
+    return hashlib.sha256("\n".join(sorted(told)).encode()).hexdigest()[:16]
+
+
+_KINDS = (
+    "vendor_id", "cpu family", "model", "model name", "stepping", "flags",
+    "cpu implementer", "cpu architecture", "cpu variant", "cpu part", "cpu revision", "features",
+)  # fmt: skip
+"""Of the lines of /proc/cpuinfo, on x86 and ARM. The others are clocks, addresses and numbers of cores."""
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+def free_memory() -> int | None:
+    """Bytes that new programs get without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
 
 
 def peak_memory() -> int:

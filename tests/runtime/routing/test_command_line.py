@@ -41,10 +41,13 @@ def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"script": [*byte_ids("ok 日本"), EOS], "chat_template": None}
     inside = tiny.bundle(tmp_path)
 
-    def load(bundle: Path, *, backend: str = "auto", threads: int | None = None) -> Engine:
+    def load(
+        bundle: Path, *, backend: str = "auto", threads: int | None = None, adapter: str | Path | None = None
+    ) -> Engine:
         record["engine"] = tiny.engine(
             record["script"], chat_template=record["chat_template"], tap_size=SIZE, bundle=inside
         )
+        record["engine"].set_adapter(adapter)
         return record["engine"]  # type: ignore[no-any-return]
 
     monkeypatch.setattr(Engine, "load", load)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from crayon_runtime.backends.onnx_adapter import IDENTIFIER
 from crayon_runtime.bundle.source import MANIFEST, Folder, Source, check_entries, read_head, read_manifest
 from crayon_runtime.bundle.stamp import check_manifest
@@ -82,9 +84,15 @@ def _onnx(head: bytes, size: int) -> bool:
     return head[:1] == b"\x08" and size > 2
 
 
-def _onnx_adapter(head: bytes, size: int) -> bool:
-    """A flatbuffer: the offset of its root, and the identifier that onnxruntime gives it."""
-    return head[4:8] == IDENTIFIER and int.from_bytes(head[:4], "little") < size
+def _flatbuffer(identifier: bytes) -> Callable[[bytes, int], bool]:
+    """The offset of its root, and an identifier of four bytes."""
+    return lambda head, size: head[4:8] == identifier and int.from_bytes(head[:4], "little") < size
 
 
-_FORMATS = {".safetensors": _safetensors, ".onnx": _onnx, ".onnx_adapter": _onnx_adapter}
+_FORMATS: dict[str, Callable[[bytes, int], bool]] = {
+    ".safetensors": _safetensors,
+    ".onnx": _onnx,
+    ".onnx_adapter": _flatbuffer(IDENTIFIER),
+    ".pte": _flatbuffer(b"ET12"),
+    ".ptd": _flatbuffer(b"FT01"),
+}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from crayon_runtime import backends
 from crayon_runtime import bundle as bundles
 from crayon_runtime.cli.common import PATH, json_option, note, print_json, print_table, print_text, progress, size_text
 from crayon_runtime.errors import GoldenMismatch
@@ -15,7 +16,13 @@ from crayon_runtime.manifest import ModelManifest
 @click.command()
 @click.argument("bundle", type=PATH)
 @click.option("--golden/--no-golden", default=True, help="Whether to run the model on its golden cases.")
-@click.option("--backend", default="auto", show_default=True, help="What runs the golden cases.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", *backends.NAMES]),
+    default="auto",
+    show_default=True,
+    help="What runs the golden cases; auto: each that is here.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Cores to compute on.  [default: all physical ones]")
 @click.option("--keys", type=PATH, help="A keys.json: refuse a bundle that none of its keys has signed.")
 @json_option
@@ -23,7 +30,7 @@ def verify(bundle: Path, golden: bool, backend: str, threads: int | None, keys: 
     """Check a bundle: the hash of every file, then what the model answers.
 
     BUNDLE is a folder or a .crayon archive. The golden cases that travel in a model are run on this machine and compared with
-    what was recorded at export, for the base and for each adapter inside.
+    what was recorded at export, for the base and for each adapter inside, by each backend that the bundle serves and that is installed.
     """
     with progress("hashes", _bytes(bundle)) as on_bytes:
         checked = bundles.Bundle.open(bundle, verify=True, on_bytes=on_bytes)
@@ -41,7 +48,10 @@ def verify(bundle: Path, golden: bool, backend: str, threads: int | None, keys: 
 
         with progress("golden cases", None, unit="cases") as on_case:
             results = replay(checked, backend=backend, threads=threads, on_case=lambda _: on_case(1))
-    failed = [result.name for result in results or [] if not result.passed]
+        absent = set(backends.served(checked)) - set(backends.available(checked)) if backend == "auto" else ()
+        for name in sorted(absent):
+            note(f"golden cases: not run by {name}, which does not load here; --backend {name} says why")
+    failed = [f"{result.name} ({result.backend})" for result in results or [] if not result.passed]
     if as_json:
         print_json(
             {
@@ -59,9 +69,15 @@ def verify(bundle: Path, golden: bool, backend: str, threads: int | None, keys: 
         note("golden cases: not run" if golden is False else "golden cases: it has none")
     else:
         print_table(
-            ["golden case", "adapter", "logit error", "tap error", "KL", ""],
+            ["golden case", "adapter", "backend", "logit error", "tap error", "KL", ""],
             [
-                [r.name, r.adapter or "-", *(f"{e:.1e}" for e in (r.logit_error, r.tap_error, r.kl)), r.problem or "ok"]
+                [
+                    r.name,
+                    r.adapter or "-",
+                    r.backend,
+                    *(f"{e:.1e}" for e in (r.logit_error, r.tap_error, r.kl)),
+                    r.problem or "ok",
+                ]
                 for r in results
             ],
         )

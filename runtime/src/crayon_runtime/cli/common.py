@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
+from crayon_runtime.backends import NAMES
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 PATH = click.Path(path_type=Path)
@@ -22,6 +24,17 @@ def with_options(command: Command, options: Sequence[Callable[[Command], Command
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def backend_option(command: Command) -> Command:
+    """`--backend`: what computes."""
+    return click.option(
+        "--backend",
+        type=click.Choice(["auto", *NAMES]),
+        default="auto",
+        show_default=True,
+        help="What computes; auto: the faster one here.",
+    )(command)
 
 
 def json_option(command: Command) -> Command:

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from crayon_runtime.cli.common import PATH, json_option, note, print_json, print_table, print_text, progress, size_text
+from crayon_runtime.cli.common import (
+    PATH,
+    backend_option,
+    json_option,
+    note,
+    print_json,
+    print_table,
+    print_text,
+    progress,
+    size_text,
+)
 from crayon_runtime.errors import InvalidInput
 from crayon_runtime.manifest import MOST_PROTOTYPES
 from crayon_runtime.prototypes import SIZE
@@ -47,7 +57,7 @@ if TYPE_CHECKING:
 @click.option("--round", "digits", metavar="DIGITS", type=int, help="Round alpha.  [default with --server: 4]")
 @click.option("--noise", metavar="SIGMA", type=float, default=0.0, help="Add noise to alpha, so that it tells less.")
 @click.option("--again", is_flag=True, help="Also if nothing changed since the last time.")
-@click.option("--backend", default="auto", show_default=True, help="What computes.")
+@backend_option
 @click.option("--threads", type=click.IntRange(min=1), help="Cores to compute on.  [default: all physical ones]")
 @json_option
 def customize(
@@ -99,7 +109,9 @@ def customize(
         made_from = customized.made_from(model.model.base_fingerprint, texts, opened.manifest, settings.checked(opened))
         if not again and _nothing_changed(bundle, folder, made_from, opened, as_json):
             return
-        engine = stack.enter_context(Engine.load(model, backend=backend, threads=threads))
+        engine = stack.enter_context(
+            Engine.load(model, backend=customized.backend_for(model, backend), threads=threads)
+        )
         load_seconds = time.perf_counter() - started
         on_evaluation = stack.enter_context(
             progress("refining", settings.refine_evaluations if settings.refine else None, unit="evaluations")

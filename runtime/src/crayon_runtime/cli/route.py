@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from crayon_runtime.cli.common import PATH, json_option, note, print_json, print_table, print_text, progress
+from crayon_runtime.cli.common import (
+    PATH,
+    backend_option,
+    json_option,
+    note,
+    print_json,
+    print_table,
+    print_text,
+    progress,
+)
 from crayon_runtime.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -29,7 +38,7 @@ def route() -> None:
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=2), default=256, show_default=True)
 @click.option("--plot", metavar="FILE", type=PATH, help="Draw the cost-quality curve, as SVG; needs labels.")
-@click.option("--backend", default="auto", show_default=True, help="What computes.")
+@backend_option
 @click.option("--threads", type=click.IntRange(min=1), help="Cores to compute on.  [default: all physical ones]")
 @json_option
 def calibrate(
@@ -49,7 +58,7 @@ def calibrate(
     is "correct"; "server_correct" says the same of the server's answer, which otherwise counts as right. Without labels the least sure
     answers, and those least like the user's own examples, are within the budget. Nothing is sent to any server.
     """
-    from crayon_runtime.customized import state_folder
+    from crayon_runtime.customized import ADAPTER, state_folder
     from crayon_runtime.engine import Engine
     from crayon_runtime.files import atomic_file
     from crayon_runtime.routing.calibrate import calibrate as run
@@ -60,8 +69,9 @@ def calibrate(
         raise click.UsageError("give either --budget or --target-accuracy")
     queries = read_queries(data)
     folder = state_folder(bundle)
+    adapter = folder / ADAPTER if (folder / ADAPTER).is_dir() else None
     with (
-        Engine.load(bundle, backend=backend, threads=threads) as engine,
+        Engine.load(bundle, backend=backend, threads=threads, adapter=adapter) as engine,
         progress("answering", len(queries), unit="queries") as on_query,
     ):
         made = run(

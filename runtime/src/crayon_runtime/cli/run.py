@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from crayon_runtime.cli.common import PATH, Command, json_option, note, print_json
+from crayon_runtime.cli.common import PATH, Command, backend_option, json_option, note, print_json
 from crayon_runtime.cli.hybrid import Hybrid, answer_facts, hybrid_options, route_text
 from crayon_runtime.cli.hybrid import show as show_answer
 from crayon_runtime.cli.serving import Serving, serve_options
@@ -39,7 +39,7 @@ def engine_options(command: Command) -> Command:
     """What to load, and how to sample: the options that `run` and `chat` share."""
     options = [
         click.option("--adapter", help="Answer with this adapter: the name of one inside the bundle, or a path."),
-        click.option("--backend", default="auto", show_default=True, help="What computes."),
+        backend_option,
         click.option(
             "--threads", type=click.IntRange(min=1), help="Cores to compute on.  [default: all physical ones]"
         ),
@@ -119,6 +119,7 @@ def run(
         if prompt is not None or raw or as_json:
             raise click.UsageError("--serve takes no PROMPT, --raw or --json")
         judged = adapter if hybrid else None
+        backend = serving.backend(backend, bundle, hybrid)
         with _load(bundle, backend, threads, judged, hybrid) as engine, _routing(engine, bundle, hybrid) as router:
             serving.run(engine, bundle, adapter, options, hybrid, router)
         return
@@ -236,19 +237,12 @@ def _load(bundle: Path, backend: str, threads: int | None, adapter: str | None, 
     """The engine with an adapter; where answers are judged, that is the customized one if nothing else was said."""
     from crayon_runtime.engine import Engine
 
-    engine = Engine.load(bundle, backend=backend, threads=threads)
-    try:
-        if adapter is None and hybrid is not None:
-            from crayon_runtime.customized import ADAPTER, state_folder
+    if adapter is None and hybrid is not None:
+        from crayon_runtime.customized import ADAPTER, state_folder
 
-            customized = state_folder(bundle) / ADAPTER
-            adapter = str(customized) if customized.is_dir() else None
-        if adapter is not None and adapter != "none":
-            engine.set_adapter(adapter)
-    except BaseException:
-        engine.close()
-        raise
-    return engine
+        customized = state_folder(bundle) / ADAPTER
+        adapter = str(customized) if customized.is_dir() else None
+    return Engine.load(bundle, backend=backend, threads=threads, adapter=None if adapter == "none" else adapter)
 
 
 @contextmanager

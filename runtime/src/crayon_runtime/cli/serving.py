@@ -84,6 +84,15 @@ class Serving:
             raise click.UsageError("--keys and --unsigned exclude each other")
         return said
 
+    def backend(self, backend: str, bundle: Path, hybrid: Hybrid | None) -> str:
+        """What to load for this: "auto" is what a customized adapter runs in, where there is one, or may come to be."""
+        from crayon_runtime.bundle import Bundle
+        from crayon_runtime.customized import ADAPTER, backend_for, state_folder
+
+        folder = state_folder(bundle)
+        customizes = self._pool(folder, hybrid) is not None or (folder / ADAPTER).is_dir()
+        return backend_for(Bundle.open(bundle), backend) if customizes else backend
+
     def run(
         self,
         engine: Engine,
