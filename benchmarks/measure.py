@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 
-def interleaved(runs: dict[str, Callable[[], None]], repetitions: int) -> dict[str, list[float]]:
+def interleaved(runs: dict[str, Callable[[], None]], repetitions: int, *, pause: float = 0.0) -> dict[str, list[float]]:
     """Seconds of each call, `repetitions` times, taking turns so that a disturbance hits all alike. One call each warms up.
 
     Each round begins with another one, so that nobody always comes after the same neighbour.
+
+    Args:
+        pause: seconds before each call, where the one before it may have left threads that still spin.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for repetition in range(-1, repetitions):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
+            time.sleep(pause)
             started = time.perf_counter()
             runs[name]()
             if repetition >= 0:
@@ -33,3 +44,32 @@ def speed_ratio(seconds: dict[str, list[float]], of: str, to: str) -> float:
 def rate(seconds: list[float], count: int) -> float:
     """Median of `count` things a second."""
     return count / float(np.median(seconds))
+
+
+class Busy:
+    """A process that computes without end and without memory, stopped but for the times when it is wanted. Linux only."""
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        time.sleep(0.2)  # imports
+        self._process.send_signal(signal.SIGSTOP)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let it compute, from a little before the block on."""
+        self._process.send_signal(signal.SIGCONT)
+        time.sleep(0.1)  # for the scheduler to find it a core
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def cpu_seconds(self) -> float:
+        """What it has computed so far, in steps of a hundredth."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
