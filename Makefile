@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything: they make .venv, install what they need, and run. A second run installs nothing.
-# Needs: make, and Python 3.11 or newer with its venv module.
+# Needs: make, and Python 3.11 or newer with its venv module; a C++ compiler for what runs ExecuTorch programs.
 
 .DELETE_ON_ERROR:
 
@@ -19,7 +19,24 @@ READY := $(HERE)-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' 
 ORT_OLDEST := 1.29.0
 ORT := $(VENV)/onnxruntime-$(ORT_OLDEST)
 
-.PHONY: help demo test lint bench docs format constraints clean
+# The runner of ExecuTorch programs, built from its folder; the mark changes with its sources.
+SOURCES := $(shell find runtime/native -type f ! -name '*.pyc' | LC_ALL=C sort)
+VERSIONS := $(shell cat pyproject.toml constraints.txt $(SOURCES) | cksum | cut -d' ' -f1)
+NATIVE := $(VENV)/native-$(VERSIONS)
+SANITIZED := build/native-sanitized/ready-$(VERSIONS)
+LINUX_CXX := $(shell [ "$$(uname)" = Linux ] && command -v $(CXX))
+BUILD := $(BIN)/uv build --quiet --wheel --python $(BIN)/python --no-build-isolation
+BUILD_NATIVE := $(BUILD) --config-setting cmake.define.CRAYON_TESTS=ON
+REPAIR := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair
+
+# The same for ARM, by Debian's cross compiler and over the SDK in ExecuTorch's own wheel for ARM.
+ARM := build/aarch64
+ARM_READY := $(ARM)/ready-$(VERSIONS)
+
+# What the benchmarks compare with: llama.cpp, compiled for this machine.
+PEERS := $(VENV)/peers-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+.PHONY: help demo test lint bench docs native wheels aarch64 format constraints clean
 
 help:
 	@echo 'make demo         export, build a pool, serve it, three users customize; ends with the place of its report'
@@ -27,14 +44,17 @@ help:
 	@echo 'make lint         ruff and mypy'
 	@echo 'make bench        the table of numbers of this machine'
 	@echo 'make docs         the documentation, in site/'
+	@echo 'make native       build and install the runner of ExecuTorch programs; the others do it where there is a C++ compiler'
+	@echo 'make wheels       what a board installs, and crayon-bench, in dist/'
+	@echo 'make aarch64      what the tests need to run on an emulated ARM board'
 	@echo 'make format       rewrite the sources as the linter wants them'
 	@echo 'make constraints  resolve the pinned versions again'
 	@echo 'make clean        remove .venv and everything generated'
 
-demo: $(READY)
+demo: $(READY) $(NATIVE)
 	$(BIN)/crayon demo $(ARGS)
 
-test: $(READY) $(ORT)
+test: $(READY) $(NATIVE) $(SANITIZED) $(ORT)
 	CRAYON_ORT_OLDEST='$(CURDIR)/$(ORT)' $(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY)
@@ -46,15 +66,41 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(READY)
+bench: $(READY) $(NATIVE) $(PEERS)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo 'documentation: site/index.html'
 
+native: $(NATIVE)
+	@test -e $(NATIVE)
+
+# Everything that a board may install: both wheels for this CPU and for ARM, and crayon-bench with its libraries in an archive.
+wheels: $(NATIVE) $(ARM_READY)
+	@test -e $(NATIVE) && test -e $(ARM_READY)
+	@rm -rf dist && mkdir dist
+	@$(BUILD) --out-dir dist .
+	@for build in build/native $(ARM); do \
+		$(REPAIR) --wheel-dir dist $$build/wheel/*.whl && \
+		archive=crayon-bench-$$(basename $$build/wheel/*.whl .whl | sed 's/.*-linux_//') && \
+		$(BIN)/cmake --install $$build --prefix build/$$archive --strip >/dev/null && cp LICENSE build/$$archive && \
+		tar -czf dist/$$archive.tar.gz -C build $$archive || exit 1; done
+	@ls -l dist
+
+aarch64: $(ARM_READY) $(ARM)/root
+	@test -e $(ARM_READY)
+	@rm -rf $(ARM)/site $(ARM)/edge
+	@$(BUILD) --out-dir $(ARM)/edge .
+	@$(UV) --quiet --python-version 3.11 --python-platform aarch64-manylinux_2_36 --only-binary :all: --constraints constraints.txt \
+		--target $(ARM)/site $(ARM)/edge/*.whl $(ARM)/wheel/*.whl pytest pytest-timeout
+
+$(ARM)/root: tests/native/aarch64_root.sh
+	@echo "Fetching Debian's Python for ARM …"
+	@tests/native/aarch64_root.sh $@ >/dev/null
+
 constraints: $(READY)
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade --no-emit-package crayon-edge-native \
 		--no-header --no-annotate --output-file constraints.txt pyproject.toml
 
 clean:
@@ -80,3 +126,42 @@ $(ORT): | $(READY)
 	@rm -rf $@.partial
 	@$(UV) --no-deps --target $@.partial onnxruntime==$(ORT_OLDEST)
 	@mv $@.partial $@
+
+$(NATIVE): | $(READY)
+	@if [ -z "$(LINUX_CXX)" ]; then \
+		echo 'No C++ compiler: programs of ExecuTorch will not run here. On Debian or Ubuntu: apt-get install g++' >&2; \
+	else \
+		echo 'Building the runner of ExecuTorch programs …' && \
+		rm -rf build/native/wheel $(VENV)/native-* && \
+		$(BUILD_NATIVE) --config-setting build-dir='$(CURDIR)/build/native' --out-dir build/native/wheel runtime/native && \
+		$(UV) --quiet --no-deps --force-reinstall build/native/wheel/*.whl && touch $@; fi
+
+$(PEERS): | $(READY)
+	@if [ -z "$(LINUX_CXX)" ]; then \
+		echo 'No C++ compiler: llama.cpp cannot be compared with. On Debian or Ubuntu: apt-get install g++' >&2; \
+	else \
+		echo 'Compiling llama.cpp, to compare with: minutes …' && \
+		CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF' $(UV) --quiet --constraints constraints.txt --build-constraints constraints.txt \
+			--no-cache --editable '.[bench]' && \
+		rm -f $(VENV)/peers-* && touch $@; fi
+
+# With AddressSanitizer, and not installed: only tests load it.
+$(SANITIZED): | $(READY)
+	@if [ -n "$(LINUX_CXX)" ]; then \
+		echo 'Building it once more, with AddressSanitizer …' && \
+		$(BIN)/cmake -S runtime/native -B build/native-sanitized -G Ninja -D CMAKE_MAKE_PROGRAM='$(abspath $(BIN))/ninja' --log-level=WARNING \
+			-D CRAYON_SANITIZE=ON -D CRAYON_TESTS=ON -D CMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
+		$(BIN)/cmake --build build/native-sanitized -- --quiet && \
+		rm -f build/native-sanitized/ready-* && touch $@; fi
+
+$(ARM_READY): | $(READY)
+	@if ! command -v aarch64-linux-gnu-g++ >/dev/null; then \
+		echo 'No compiler for ARM. On Debian or Ubuntu: apt-get install g++-aarch64-linux-gnu' >&2; \
+	else \
+		echo 'Building the runner for ARM …' && \
+		rm -rf $(ARM)/wheel $(ARM)/ready-* && \
+		$(UV) --quiet --no-deps --python-platform aarch64-manylinux_2_28 --only-binary :all: --constraints constraints.txt --target $(ARM)/sdk executorch && \
+		_PYTHON_HOST_PLATFORM=linux-aarch64 $(BUILD_NATIVE) --config-setting build-dir='$(CURDIR)/$(ARM)' \
+			--config-setting cmake.define.CMAKE_TOOLCHAIN_FILE='$(CURDIR)/runtime/native/cmake/aarch64-linux-gnu.cmake' \
+			--config-setting cmake.define.executorch_ROOT='$(CURDIR)/$(ARM)/sdk/executorch' --out-dir $(ARM)/wheel runtime/native && \
+		touch $@; fi
