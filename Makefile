@@ -21,6 +21,7 @@ ORT := $(VENV)/onnxruntime-$(ORT_OLDEST)
 
 # The runner of ExecuTorch programs, built from its folder; the mark changes with its sources.
 SOURCES := $(shell find runtime/native -type f ! -name '*.pyc' | LC_ALL=C sort)
+CXX_SOURCES := $(filter %.cpp %.h,$(SOURCES))
 VERSIONS := $(shell cat pyproject.toml constraints.txt $(SOURCES) | cksum | cut -d' ' -f1)
 NATIVE := $(VENV)/native-$(VERSIONS)
 SANITIZED := build/native-sanitized/ready-$(VERSIONS)
@@ -41,7 +42,7 @@ PEERS := $(VENV)/peers-$(shell cat pyproject.toml constraints.txt | cksum | cut 
 help:
 	@echo 'make demo         export, build a pool, serve it, three users customize; ends with the place of its report'
 	@echo 'make test         every test; ARGS="-m \"not slow\"" or ARGS=tests/runtime for some of them'
-	@echo 'make lint         ruff and mypy'
+	@echo 'make lint         ruff, clang-format and mypy'
 	@echo 'make bench        the table of numbers of this machine'
 	@echo 'make docs         the documentation, in site/'
 	@echo 'make native       build and install the runner of ExecuTorch programs; the others do it where there is a C++ compiler'
@@ -60,11 +61,13 @@ test: $(READY) $(NATIVE) $(SANITIZED) $(ORT)
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: $(READY) $(NATIVE) $(PEERS)
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,7 +17,7 @@ import pytest
 
 from crayon_export.adapters import convert_adapter
 from crayon_export.architecture import linears
-from crayon_export.executorch import programs
+from crayon_export.executorch import programs as official
 from crayon_export.executorch.quiet import quiet
 from crayon_export.executorch.storage import linear_form
 from crayon_export.exporter import export
@@ -27,55 +27,24 @@ from crayon_export.tensorfile import read_safetensors
 from crayon_runtime import golden
 from crayon_runtime.bundle import Bundle, BundleWriter
 from crayon_runtime.errors import AdapterError, BackendError, InvalidInput, MissingExtra
-from crayon_runtime.manifest import LINEARS, OnnxAdapterVariant, Variants
-from tests.export.models import tiny_adapter, tiny_llama, tiny_tokenizer
+from crayon_runtime.manifest import OnnxAdapterVariant, Variants
+from tests import programs
+from tests.export.models import tiny_llama, tiny_tokenizer
 from tests.support import needs
 
-GROUP = 64
 LAYERS = 2
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 40}
 
 
-class Made(NamedTuple):
-    model: Path
-    adapter: Path
-    bundle: Bundle
-    report: dict[str, Any]
-    stderr: str
+@pytest.fixture(name="made")
+def _made() -> programs.Made:
+    return programs.made()
 
 
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A bundle for both backends with an adapter. Its widths are 64, 80 (no group divides it) and 160 (32 does)."""
-    needs.module("executorch")
-    folder = tmp_path_factory.mktemp("executorch")
-    model = tiny_tokenizer(tiny_llama(folder / "tiny", intermediate_size=160, **HEADS))
-    _answer_in_words(model)
-    adapter = tiny_adapter(model, folder / "alice", target_modules=list(LINEARS), rank_pattern={"q_proj": 8})
-    out = folder / "bundle"
-    command = [
-        *(sys.executable, "-m", "crayon_runtime", "export", str(model), "--out", str(out), "--json"),
-        *("--backend", "onnx", "--backend", "executorch", "--group-size", str(GROUP), "--adapter", str(adapter)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return Made(model, adapter, Bundle.open(out), json.loads(done.stdout)["report"], done.stderr)
-
-
-def _answer_in_words(model: Path) -> None:
-    """Zero the rows of the head for single bytes: TextLLMRunner cannot report half a character. Quantization meets rows of zeros, too."""
-    from safetensors.numpy import load_file, save_file
-
-    tensors = load_file(model / "model.safetensors")
-    tensors["lm_head.weight"][: 3 + 256] = 0
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-
-
-def test_the_official_exporter_is_not_heard(made: Made) -> None:
+def test_the_official_exporter_is_not_heard(made: programs.Made) -> None:
     assert made.stderr == ""
 
 
-def test_the_bundle_serves_both_backends(made: Made) -> None:
+def test_the_bundle_serves_both_backends(made: programs.Made) -> None:
     model = made.bundle.model
     assert model.variants.onnx
     assert model.variants.executorch
@@ -105,7 +74,7 @@ def _names(data: Path) -> dict[str, int]:
     return {name: len(payload.buffers[entry.buffer_index]) for name, entry in payload.named_data.items()}
 
 
-def test_methods_and_constants(made: Made) -> None:
+def test_methods_and_constants(made: programs.Made) -> None:
     plans = _plans(made.bundle.file("model.pte"))
     context = made.bundle.model.context_length
     constants = [plan for name, plan in plans.items() if name.startswith("get_")]
@@ -125,7 +94,7 @@ def test_methods_and_constants(made: Made) -> None:
     assert len(plans["forward_tap"].outputs) == 3
 
 
-def test_an_adapter_shares_cache_and_weights_with_its_base(made: Made) -> None:
+def test_an_adapter_shares_cache_and_weights_with_its_base(made: programs.Made) -> None:
     base = _plans(made.bundle.file("model.pte"))["forward_tap"]
     folder = made.bundle.path / "adapters/alice"
     plans = _plans(folder / "adapter.pte")
@@ -158,13 +127,13 @@ def _cache_places(plan: Any) -> set[tuple[int, tuple[int, ...]]]:
     return {(t.allocation_info.memory_offset_low, tuple(t.sizes)) for t in planned}
 
 
-def test_weights_are_stored_under_the_names_of_the_official_exporter(made: Made) -> None:
+def test_weights_are_stored_under_the_names_of_the_official_exporter(made: programs.Made) -> None:
     """XNNPACK finds a weight by the SHA-256 of its packed codes, so this is equality of every byte with our own rule."""
     names = _names(made.bundle.file("model.ptd"))
     tensors = read_safetensors(made.model / "model.safetensors").tensors
     modules = {x.module: x.in_features for x in linears(made.bundle.model.architecture)} | {"lm_head": 64}
     for module, width in modules.items():
-        form = linear_form(width, GROUP)
+        form = linear_form(width, programs.GROUP_SIZE)
         if form is None:
             assert hashlib.sha256(tensors[f"{module}.weight"].read().tobytes()).hexdigest() in names
             continue
@@ -179,17 +148,17 @@ def test_weights_are_stored_under_the_names_of_the_official_exporter(made: Made)
 # What it computes
 
 
-def test_golden_cases_of_both_backends(made: Made) -> None:
+def test_golden_cases_of_both_backends(made: programs.Made) -> None:
     needs.native()
     for backend in ("onnx", "executorch"):
         results = golden.replay(made.bundle, backend=backend)
-        assert {r.adapter for r in results} == {None, "alice"}
+        assert {r.adapter for r in results} == {None, *programs.ADAPTERS}
         assert all(r.name.endswith("@executorch") == (backend == "executorch") for r in results)
         assert all(r.passed for r in results), [r for r in results if not r.passed]
         assert max(r.logit_error for r in results) < 0.1
 
 
-def test_textllmrunner_and_the_official_runtime_agree(made: Made) -> None:
+def test_textllmrunner_and_the_official_runtime_agree(made: programs.Made) -> None:
     """In a process of its own: each of both runtimes registers operators, and neither can be unloaded."""
     needs.module("executorch")
     script = Path(__file__).with_name("official_runtimes.py")
@@ -204,7 +173,7 @@ def test_textllmrunner_and_the_official_runtime_agree(made: Made) -> None:
 # The report
 
 
-def test_the_report_says_how_each_layer_is_stored(made: Made) -> None:
+def test_the_report_says_how_each_layer_is_stored(made: programs.Made) -> None:
     stored = {
         t["name"].removesuffix(".weight").rpartition(".")[2]: (t["stored_as"], t["group_size"])
         for t in made.report["tensors"]
@@ -284,7 +253,7 @@ def _awkward(shape: tuple[int, int]) -> np.ndarray:
 
 
 @pytest.fixture
-def executorch_only(made: Made, tmp_path: Path) -> Bundle:
+def executorch_only(made: programs.Made, tmp_path: Path) -> Bundle:
     """The same bundle without what serves ONNX Runtime."""
     model = made.bundle.model
     with BundleWriter(tmp_path / "only") as writer:
@@ -296,28 +265,30 @@ def executorch_only(made: Made, tmp_path: Path) -> Bundle:
     return Bundle.open(tmp_path / "only")
 
 
-def test_without_the_base_an_adapter_is_for_onnx_alone(made: Made, executorch_only: Bundle, tmp_path: Path) -> None:
-    variants = convert_adapter(made.adapter, made.bundle, tmp_path / "later").as_adapter.variants
+def test_without_the_base_an_adapter_is_for_onnx_alone(
+    made: programs.Made, executorch_only: Bundle, tmp_path: Path
+) -> None:
+    variants = convert_adapter(made.adapters[0], made.bundle, tmp_path / "later").as_adapter.variants
     assert isinstance(variants.onnx, OnnxAdapterVariant)
     assert variants.executorch is msgspec.UNSET
     with pytest.raises(AdapterError, match="made together with the base's weights") as refused:
-        convert_adapter(made.adapter, executorch_only, tmp_path / "refused")
+        convert_adapter(made.adapters[0], executorch_only, tmp_path / "refused")
     assert "--model" in str(refused.value.do)
 
 
-def test_the_base_must_be_that_of_the_bundle(made: Made, executorch_only: Bundle, tmp_path: Path) -> None:
+def test_the_base_must_be_that_of_the_bundle(made: programs.Made, executorch_only: Bundle, tmp_path: Path) -> None:
     needs.module("executorch")
-    other = tiny_tokenizer(tiny_llama(tmp_path / "other", seed=5, intermediate_size=160, **HEADS))
+    other = programs.tiny_model(tmp_path / "other", seed=5)
     with pytest.raises(AdapterError, match="was not exported from this model"):
-        convert_adapter(made.adapter, executorch_only, tmp_path / "refused", model=other)
+        convert_adapter(made.adapters[0], executorch_only, tmp_path / "refused", model=other)
     assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.slow
 def test_a_converted_adapter_is_the_one_that_an_export_makes(
-    made: Made, executorch_only: Bundle, tmp_path: Path
+    made: programs.Made, executorch_only: Bundle, tmp_path: Path
 ) -> None:
-    later = convert_adapter(made.adapter, executorch_only, tmp_path / "later", model=made.model)
+    later = convert_adapter(made.adapters[0], executorch_only, tmp_path / "later", model=made.model)
     assert later.as_adapter.variants.onnx is msgspec.UNSET
     inside = made.bundle.path / "adapters/alice"
     for name in ("adapter.pte", "adapter.ptd"):
@@ -371,7 +342,7 @@ def test_a_failure_of_the_official_exporter_is_an_error_of_ours(
     def fail(*args: object) -> None:
         raise RuntimeError("no such pass")
 
-    monkeypatch.setattr(programs, "_make", fail)
+    monkeypatch.setattr(official, "_make", fail)
     with pytest.raises(BackendError, match="RuntimeError: no such pass"):
         export(model, tmp_path / "bundle", backend="executorch")
     assert not (tmp_path / "bundle").exists()

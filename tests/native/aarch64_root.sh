@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a folder of Debian's packages for ARM, in which qemu-aarch64 runs Python: aarch64_root.sh FOLDER
 #
-# Uses apt with lists of its own: nothing on this system changes, and it need not be root.
+# Uses the sources of this system, a Debian 12, with lists of its own: nothing on it changes, and who runs this need not be root.
 set -euo pipefail
 root=$(realpath -m "$1")
 packages=(
@@ -11,14 +11,11 @@ packages=(
 
 rm -rf "$root.partial" && mkdir -p "$root.partial/apt/lists/partial" "$root.partial/apt/archives/partial"
 cd "$root.partial/apt"
-cat > sources.list <<SOURCES
-deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian bookworm main
-SOURCES
 : > status
 options=(
   -q -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o APT::Sandbox::User= -o Acquire::Languages=none
   -o Dir::State="$PWD" -o Dir::State::lists="$PWD/lists" -o Dir::State::status="$PWD/status" -o Dir::Cache="$PWD"
-  -o Dir::Etc::sourcelist="$PWD/sources.list" -o Dir::Etc::sourceparts=-
+  -o Dir::Etc::sourcelist=/etc/apt/sources.list.d/debian.sources -o Dir::Etc::sourceparts=-
 )
 apt-get "${options[@]}" update
 (cd archives && apt-get "${options[@]}" download "${packages[@]}")

@@ -60,7 +60,6 @@ def test_the_best_instructions_of_the_processor_are_used(board: Board) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("backend", ["onnx", "executorch"])
 def test_the_golden_cases_pass(board: Board, backend: str, tmp_path: Path) -> None:
     bundle = exported()
@@ -72,7 +71,6 @@ def test_the_golden_cases_pass(board: Board, backend: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_the_kernels_compute_what_numpy_does(board: Board) -> None:
     # All of them take minutes there.
     shapes = "(shapes and 4-100) or (any_position and 257) or (zero_points and 100) or largest or masks or pieces"
@@ -87,7 +85,6 @@ def test_the_kernels_compute_what_numpy_does(board: Board) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_crayon_bench_runs(board: Board) -> None:
     short = ["--prompt", "8", "--decode", "2", "--position", "4", "--repeat", "1", "--threads", "1"]
     prefill, decode = json.loads(board.run(board.files / "crayon-bench", *short, exported().path))

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.native import programs
-from tests.native.programs import Program
+from tests.native import official
+from tests.native.official import Program
 from tests.support import needs
 
 needs.native()
@@ -108,7 +108,7 @@ def sanitizer() -> dict[str, str]:
 def test_damaged_files_end_no_process(tmp_path: Path, kind: str) -> None:
     """A child that dies says at which seed; the next goes on behind it, so that one run reports every one."""
     environment = os.environ | sanitizer()
-    program: Program = programs.exported().adapter
+    program: Program = official.exported().adapter
     seed, left, deaths, tried = 1, SECONDS, [], 0
     while left > 0 and len(deaths) < 5:
         run = subprocess.run(

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.native import programs
-from tests.native.programs import CONTEXT, PROMPT, Programs
+from tests.native import official
+from tests.native.official import PROMPT, Programs
+from tests.programs import CONTEXT
 from tests.support import ROOT, needs
 
 native = needs.native()
@@ -23,7 +24,7 @@ Status = native.Status
 
 @pytest.fixture(scope="module")
 def files() -> Programs:
-    return programs.exported()
+    return official.exported()
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def child(code: str, *arguments: object) -> str:
 )
 def test_greedy_decoding_is_the_official_runtime_s(files: Programs, name: str, method: str, tolerance: float) -> None:
     program = getattr(files, name)
-    known = programs.official(program, method)
+    known = official.answer(program, method)
     cache = started(native.Program(*program), method)
     fed, position = list(PROMPT), 0
     for i, token in enumerate(known.tokens):
@@ -211,7 +212,7 @@ def test_what_a_program_says_of_itself(files: Programs, model: Any, adapter: Any
         ([1], -1, Status.BAD_ARGUMENT),
         ([320], 0, Status.BAD_ARGUMENT),
         ([-1], 0, Status.BAD_ARGUMENT),
-        ([1] * (CONTEXT + 1), 0, Status.BAD_ARGUMENT),
+        ([1] * 257, 0, Status.BAD_ARGUMENT),  # more than the program takes at once
         ([1], CONTEXT, Status.CACHE_FULL),
         ([1, 2], CONTEXT - 1, Status.CACHE_FULL),
         ([1], 2**62, Status.CACHE_FULL),
@@ -292,7 +293,7 @@ class TestPackedWeights:
 
     PROMPT = (1, 17, 300)
 
-    def answer(self, program: programs.Program, packed: Path, method: str = "forward") -> tuple[list[float], bool]:
+    def answer(self, program: official.Program, packed: Path, method: str = "forward") -> tuple[list[float], bool]:
         """From another process, and whether that mapped the file."""
         logits, how = child(RUN, program.path, ":".join(map(str, program.data)), packed, method).splitlines()
         return [float(x) for x in logits[1:-1].split(",")], how == "mapped"

@@ -17,7 +17,9 @@ from tests.support import ROOT, needs
 def test_the_kernels_touch_no_memory_of_others() -> None:
     library = needs.sanitized_library("libattention_test.so")
     environment = os.environ | sanitizer() | {"CRAYON_ATTENTION_LIBRARY": str(library)}
-    pytest_run = ["-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests/native/test_attention.py"]
+    best = needs.native().instruction_set()
+    some = f"{best} or rounded or errors"
+    pytest_run = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", some, ROOT / "tests/native/test_attention.py"]
     ran = subprocess.run([sys.executable, *pytest_run], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
     passed = re.search(r"(\d+) passed", ran.stdout)

@@ -160,7 +160,6 @@ def test_crayon_bench_says_what_is_wrong(installed: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_crayon_bench_measures_with_and_without_an_adapter(installed: Path, tmp_path: Path) -> None:
     path = exported().path
     sizes = ["--prompt", "300", "--decode", "8", "--position", "0,40,5000", "--repeat", "3", "--threads", "2"]

@@ -31,7 +31,7 @@ from crayon_runtime.manifest import (
 from tests.programs import exported
 from tests.runtime.bundles import flip_byte
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.slow
 
 IDS = np.arange(3, 40, dtype=np.int64)
 
@@ -107,10 +107,19 @@ def test_a_changed_program_is_never_run(copy: Bundle) -> None:
         load(copy)
     with pytest.raises(IntegrityError, match=r"model\.pte is damaged"):
         backends.load(copy)  # "auto" does not leave it out
-    adapter = copy.adapter("alice")
-    flip_byte(adapter.path / "adapter.pte", 5000)
-    with pytest.raises(IntegrityError, match=r"adapter\.pte is damaged"):
-        backend.read_adapter(adapter)
+    for name in ("adapter.pte", "adapter.ptd"):
+        adapter = Bundle.open(shutil.copytree(copy.adapter("alice").path, copy.path.parent / name))
+        flip_byte(adapter.path / name, 5000)
+        with pytest.raises(IntegrityError, match=rf"{name} is damaged"):
+            backend.read_adapter(adapter)
+
+
+def test_damaged_weights_are_never_packed(copy: Bundle, cache: Path) -> None:
+    data = copy.path / "model.ptd"
+    flip_byte(data, data.stat().st_size - 1000)
+    with pytest.raises(IntegrityError, match=r"model\.ptd is damaged"):
+        load(copy)
+    assert not list(cache.iterdir())
 
 
 @pytest.mark.parametrize(

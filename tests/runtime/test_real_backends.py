@@ -14,12 +14,12 @@ from crayon_runtime.backends.base import Adapter, Backend, Cache
 from crayon_runtime.backends.fake import FakeAdapter
 from crayon_runtime.bundle import Bundle
 from crayon_runtime.errors import AdapterError, BackendError, EngineClosed
-from tests.programs import ADAPTERS, CONTEXT, exported, tiny_model
+from tests.programs import ADAPTERS, CONTEXT, exported, tiny_adapters, tiny_model
 
 
 @pytest.fixture(
     scope="module",
-    params=["onnx", pytest.param("executorch", marks=[pytest.mark.slow, pytest.mark.timeout(1200)])],
+    params=["onnx", pytest.param("executorch", marks=pytest.mark.slow)],
 )
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -30,8 +30,8 @@ def bundle(name: str, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     if name == "executorch":
         return exported()
     folder = tmp_path_factory.mktemp("onnx")
-    model, adapters = tiny_model(folder)
-    return export(model, folder / "bundle", context_length=CONTEXT, adapters=adapters).bundle
+    model = tiny_model(folder / "model")
+    return export(model, folder / "bundle", adapters=tiny_adapters(model, folder), context_length=CONTEXT).bundle
 
 
 @pytest.fixture(autouse=True)

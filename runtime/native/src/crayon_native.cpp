@@ -6,8 +6,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <list>
+#include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -66,22 +68,49 @@ bool fits(const crayon_native_cache& cache, const Program& program, const std::s
   return &program == cache.made_for.get() && method == cache.planned_by;
 }
 
-std::unique_ptr<Method> load(const crayon_native_cache& cache, const std::shared_ptr<const Program>& program,
-                             const std::string& method) {
-  std::unique_ptr<Method> made;
-  const auto with_path = [&](const std::string& path) {
-    made = std::make_unique<Method>(program, method, cache.memory, path, cache.tracer.get());
-  };
+using Shared = std::shared_ptr<const Program>;
+
+void load_with_packed_weights(const Shared& program, const std::string& method, const crayon::Load& load) {
   // The file holds what `forward` needs, which is the model without an adapter.
   const auto pack = [&](const std::string& path) {
     const std::string base = program->has("forward") ? "forward" : method;
     Method(program, base, std::make_shared<Memory>(state_size(*program, base)), path, nullptr);
   };
   if (program->packed_weights().empty()) {
-    with_path("");
+    load("");
   } else {
-    crayon::with_packed_weights(program->packed_weights(), program->file_size(), pack, with_path);
+    crayon::with_packed_weights(program->packed_weights(), program->file_size(), pack, load);
   }
+}
+
+// What was loaded last over a file of packed weights.
+std::map<std::string, std::pair<std::weak_ptr<const Program>, std::string>> loaded_last;
+
+// A method that fails to load leaves XNNPACK's weights cache in a state in which no method runs any more
+// (xnn_status_invalid_state). One that loads ends that.
+void repair_weights_cache(const std::string& packed_weights) {
+  const auto& [held, method] = loaded_last[packed_weights];
+  const Shared program = held.lock();
+  if (!program) return;
+  try {
+    load_with_packed_weights(program, method, [&, &method = method](const std::string& path) {
+      Method(program, method, std::make_shared<Memory>(state_size(*program, method)), path, nullptr);
+    });
+  } catch (...) {  // the error that is being handled is the one to be told
+  }
+}
+
+std::unique_ptr<Method> load(const crayon_native_cache& cache, const Shared& program, const std::string& method) {
+  std::unique_ptr<Method> made;
+  try {
+    load_with_packed_weights(program, method, [&](const std::string& path) {
+      made = std::make_unique<Method>(program, method, cache.memory, path, cache.tracer.get());
+    });
+  } catch (...) {
+    repair_weights_cache(program->packed_weights());
+    throw;
+  }
+  loaded_last[program->packed_weights()] = {program, method};
   return made;
 }
 

@@ -79,7 +79,7 @@ class ExecutorchBackend:
         Raises:
             BackendError: the bundle has no ExecuTorch variant, the runner is not installed or refuses the program, or the process
                 computes on another number of threads already.
-            IntegrityError: the program is not the one that the manifest lists.
+            IntegrityError: the program, or weights that are packed now, are not those that the manifest lists.
         """
         variant = bundle.model.variants.executorch
         if not isinstance(variant, ExecutorchVariant):
@@ -247,17 +247,24 @@ def _start(threads: int | None) -> None:
 def _open(
     bundle: Bundle, variant: ExecutorchVariant | ExecutorchAdapterVariant, base: list[Path], packed: Path | None
 ) -> Program:
-    """A program and its data, after its hash was compared: ExecuTorch trusts the tables in it."""
-    path = bundle.file(variant.program)
-    listed = next(file for file in bundle.manifest.files if file.path == variant.program)
-    if sha256_file(path) != listed.sha256:
+    """A program and its data, after hashes were compared: ExecuTorch trusts the tables of a program, and keeps what it packs under the
+    names that weights have in it. The base's own data is read through only where its packed weights are not there yet."""
+    is_packed = not base and packed is not None and packed.exists()
+    for file in (variant.program, *(() if is_packed else variant.data)):
+        _check(bundle, file)
+    files = [*base, *(bundle.file(file) for file in variant.data)]
+    program: Program = native().Program(bundle.file(variant.program), files, packed)
+    return program
+
+
+def _check(bundle: Bundle, file: str) -> None:
+    listed = next(f for f in bundle.manifest.files if f.path == file)
+    if sha256_file(bundle.file(file)) != listed.sha256:
         raise IntegrityError(
-            f"{variant.program} is damaged: its SHA-256 is not what the manifest says",
+            f"{file} is damaged: its SHA-256 is not what the manifest says",
             where=bundle.path,
             do="fetch, copy or export the bundle again",
         )
-    program: Program = native().Program(path, [*base, *(bundle.file(file) for file in variant.data)], packed)
-    return program
 
 
 def _error(error: NativeError, program: Path, adapter: str | None = None) -> CrayonError:

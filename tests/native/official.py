@@ -1,11 +1,7 @@
-"""Programs for the runner's tests: two-layer models with dense random weights through the official exporter, once for all tests.
-
-CRAYON_TEST_PROGRAMS names a folder to keep them in between runs; making them takes minutes.
-"""
+"""What ExecuTorch's own runtime, the one with torch, answers with the programs that the runner is tested with."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,8 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-CONTEXT = 256
-"""Tokens that the programs' caches hold, and that they take at once."""
+from tests import programs
 
 PROMPT = (1, 17, 300, 44, 5, 9, 200)
 STEPS = 20
@@ -29,21 +24,17 @@ class Program(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """What `crayon export` writes: a model and an adapter for it, with an fp32 cache; another model with an int8 cache."""
+    """A model and an adapter for it, with an fp32 cache; the model with an int8 cache of fewer positions."""
 
     model: Program
     adapter: Program
     int8: Program
 
 
-@cache
 def exported() -> Programs:
-    """The programs. They are made by another process, which is gone with torch's memory when they are there."""
-    folder = Path(os.environ.get("CRAYON_TEST_PROGRAMS") or _temporary().name)
-    for kind in ("fp32", "int8"):
-        if not (folder / kind / "manifest.json").is_file():
-            subprocess.run([sys.executable, "-m", "tests.native.programs", str(folder), kind], check=True)
-    model, int8, adapter = (folder / "fp32", folder / "int8", folder / "fp32/adapters/adapter")
+    """Those of the bundles that all tests share."""
+    model, int8 = programs.exported().path, programs.exported_int8().path
+    adapter = model / "adapters/alice"
     return Programs(
         Program(model / "model.pte", (model / "model.ptd",)),
         Program(adapter / "adapter.pte", (model / "model.ptd", adapter / "adapter.ptd")),
@@ -61,29 +52,14 @@ class Answer(NamedTuple):
 
 
 @cache
-def official(program: Program, method: str) -> Answer:
-    """What ExecuTorch's own runtime, the one with torch, answers. It runs in another process."""
+def answer(program: Program, method: str) -> Answer:
+    """The official runtime's. It runs in another process."""
     with tempfile.TemporaryDirectory() as folder:
         to = Path(folder, "answer.npz")
         work = [str(to), method, str(program.path), *map(str, program.data)]
-        subprocess.run([sys.executable, "-m", "tests.native.programs", "run", *work], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "tests.native.official", *work], check=True, capture_output=True)
         with np.load(to) as known:
             return Answer(known["tokens"].tolist(), known["logits"], known["tap_sum"], known["tap_last"])
-
-
-@cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory()
-
-
-def _export(folder: Path, kind: str) -> None:
-    from crayon_export.exporter import export
-    from tests.export.models import tiny_adapter, tiny_llama, tiny_tokenizer
-
-    model = tiny_llama(folder / "source", hidden_size=128, intermediate_size=256, max_position_embeddings=CONTEXT)
-    tiny_tokenizer(model)
-    adapters = [tiny_adapter(model, folder / "adapter")] if kind == "fp32" else []
-    export(model, folder / kind, backend="executorch", group_size=32, kv_dtype=kind, adapters=adapters)
 
 
 def _run(to: Path, method: str, program: Path, *data: Path) -> None:
@@ -123,7 +99,4 @@ def _moved(entry: Any, by: int) -> Any:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "run":
-        _run(Path(sys.argv[2]), sys.argv[3], *map(Path, sys.argv[4:]))
-    else:
-        _export(Path(sys.argv[1]), sys.argv[2])
+    _run(Path(sys.argv[1]), sys.argv[2], *map(Path, sys.argv[3:]))
