@@ -16,7 +16,7 @@ from crayon_runtime.backends.onnx_adapter import Tensor
 from crayon_runtime.bundle import Bundle, BundleWriter, write_adapter
 from crayon_runtime.errors import AdapterError, BackendError
 from crayon_runtime.manifest import AdapterDtype, AdapterVariants, OnnxAdapterVariant
-from tests.programs import CONTEXT, tiny_adapters, tiny_model
+from tests.export.models import tiny_adapter, tiny_llama, tiny_tokenizer
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -24,8 +24,8 @@ Q = "model.layers.0.self_attn.q_proj"
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("onnx")
-    model = tiny_model(folder / "model")
-    return export(model, folder / "bundle", adapters=tiny_adapters(model, folder), context_length=CONTEXT).bundle
+    model = tiny_tokenizer(tiny_llama(folder / "model"))
+    return export(model, folder / "bundle", adapters=[tiny_adapter(model, folder / "alice")]).bundle
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
+from crayon_runtime.errors import AdapterError
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -94,3 +96,19 @@ class Backend(Protocol):
     def new_cache(self, adapter: Adapter | None = None) -> Cache: ...
 
     def close(self) -> None: ...
+
+
+def check_base(adapter: Bundle, base_fingerprint: str) -> None:
+    """Refuse an adapter of another base model.
+
+    Raises:
+        AdapterError: says of which.
+    """
+    manifest = adapter.as_adapter
+    if manifest.base_fingerprint != base_fingerprint:
+        raise AdapterError(
+            f"adapter {manifest.name!r} was made for another base model "
+            f"({manifest.base_fingerprint[:12]}…; this one is {base_fingerprint[:12]}…)",
+            where=adapter.path,
+            do="convert the adapter again with `crayon adapter convert … --bundle` and this bundle",
+        )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crayon_runtime.backends.base import Adapter, Step
+from crayon_runtime.backends.base import Adapter, Step, check_base
 from crayon_runtime.backends.packed import packed_weights
 from crayon_runtime.errors import AdapterError, BackendError, CrayonError, IntegrityError
 from crayon_runtime.files import sha256_file
@@ -110,13 +110,7 @@ class ExecutorchBackend:
         """
         manifest = bundle.as_adapter
         model = self._bundle.model
-        if manifest.base_fingerprint != model.base_fingerprint:
-            raise AdapterError(
-                f"adapter {manifest.name!r} was made for another base model "
-                f"({manifest.base_fingerprint[:12]}…; this one is {model.base_fingerprint[:12]}…)",
-                where=bundle.path,
-                do="convert the adapter again with `crayon adapter convert … --bundle` and this bundle",
-            )
+        check_base(bundle, model.base_fingerprint)
         variant, base = manifest.variants.executorch, model.variants.executorch
         if not isinstance(variant, ExecutorchAdapterVariant) or not isinstance(base, ExecutorchVariant):
             raise AdapterError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from crayon_runtime.backends.base import Adapter, Step
+from crayon_runtime.backends.base import Adapter, Step, check_base
 from crayon_runtime.backends.onnx_adapter import read_matrix, scale_name
 from crayon_runtime.errors import AdapterError, BackendError
 from crayon_runtime.manifest import OnnxAdapterVariant, OnnxVariant
@@ -74,13 +74,7 @@ class OnnxBackend:
                 where=bundle.path,
                 do="export it without --merge and with adapter slots",
             )
-        if manifest.base_fingerprint != self._fingerprint:
-            raise AdapterError(
-                f"adapter {manifest.name!r} was made for another base model "
-                f"({manifest.base_fingerprint[:12]}…; this one is {self._fingerprint[:12]}…)",
-                where=bundle.path,
-                do="convert the adapter again with `crayon adapter convert … --bundle` and this bundle",
-            )
+        check_base(bundle, self._fingerprint)
         variant = manifest.variants.onnx
         if not isinstance(variant, OnnxAdapterVariant):
             raise AdapterError("the adapter has no ONNX variant", where=bundle.path)
