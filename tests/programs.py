@@ -47,7 +47,7 @@ def tiny_adapters(model: Path, folder: Path) -> list[Path]:
     everywhere = {"target_modules": list(LINEARS), "rank_pattern": {"q_proj": 8}}
     return [
         tiny_adapter(model, folder / name, seed=i, **kind)
-        for i, (name, kind) in enumerate(zip(ADAPTERS, (everywhere, {"gain": 2.0}), strict=True))
+        for i, (name, kind) in enumerate(zip(ADAPTERS, (everywhere, {"gain": 1.0}), strict=True))
     ]
 
 
@@ -100,9 +100,9 @@ def _export(folder: Path) -> None:
     command = [sys.executable, "-m", "crayon_runtime", "export", str(model), "--out", str(folder / "bundle"), "--json"]
     command += ["--backend", "executorch", "--group-size", str(GROUP_SIZE)]
     if folder.name == "int8":
-        command += ["--kv-dtype", "int8", "--context-length", str(INT8_CONTEXT)]
+        command += ["--context-length", str(INT8_CONTEXT), "--kv-dtype", "int8"]
     else:
-        command += ["--backend", "onnx"]
+        command += ["--context-length", str(CONTEXT), "--backend", "onnx"]
         for adapter in tiny_adapters(model, folder):
             command += ["--adapter", str(adapter)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

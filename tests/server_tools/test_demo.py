@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -21,9 +22,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from crayon_export.executorch import programs
+from crayon_runtime import Engine
+from crayon_runtime.backends import served
 from crayon_runtime.bundle import Bundle
+from crayon_runtime.cli.common import size_text
 from crayon_runtime.customize import PARTS as MEASURED
-from crayon_runtime.errors import BackendError, OutputError
+from crayon_runtime.errors import BackendError, MissingExtra, OutputError
 from crayon_runtime.pool import Pool
 from crayon_runtime.prototypes import read_prototypes
 from crayon_runtime.routing import SentLog, sent_log_path
@@ -31,9 +36,10 @@ from crayon_runtime.routing.policies import Route
 from crayon_runtime.signing import KeyStore, TrustedKeys, verify_signature
 from crayon_server.cli import demo as cli
 from crayon_server.data.phone_assistant import benchmark, more_examples, useful
-from crayon_server.demo import hybrid, page, story
+from crayon_server.demo import backends, comparison, hybrid, page, story
 from crayon_server.demo.device import Text
-from crayon_server.demo.report import CHAT, Asked, DemoReport, Judged
+from crayon_server.demo.processes import running
+from crayon_server.demo.report import CHAT, Asked, Comparison, DemoReport, Judged
 from crayon_server.demo.service import serving
 from crayon_server.demo.wire import Wire, split
 from crayon_server.evaluate.exact_match import MAX_NEW_TOKENS
@@ -308,6 +314,117 @@ def test_the_adapters_are_signed_with_fresh_keys(done: tuple[Path, DemoReport]) 
             verify_signature(Bundle.open(out / "device/customized" / person.name / "adapter"), trusted)
 
 
+# Two backends
+
+
+@pytest.fixture(scope="module")
+def compared(done: tuple[Path, DemoReport]) -> Comparison:
+    needs.native()
+    needs.module("executorch")
+    assert done[1].not_compared is None
+    assert done[1].comparison is not None
+    return done[1].comparison
+
+
+def test_both_backends_are_measured(done: tuple[Path, DemoReport], compared: Comparison) -> None:
+    onnx, executorch = compared.backends
+    assert (onnx.name, executorch.name) == ("onnx", "executorch")
+    assert onnx.packed_bytes == 0 < executorch.packed_bytes
+    for facts, folder in ((onnx, "bundle"), (executorch, "bundle-executorch")):
+        bundle = Bundle.open(done[0] / "device" / folder, verify=True)
+        assert served(bundle) == [facts.name]
+        assert 0 < facts.weights_bytes < facts.bundle_bytes < done[1].float_bytes
+        assert facts.golden_passed == facts.golden_cases == 6
+        assert 0 < facts.golden_error < facts.golden_tolerance
+        assert 0 < facts.mean_kl < 0.2
+        assert facts.load_seconds > 0
+        assert facts.first_load_seconds > 0
+        assert facts.prefill_tokens_per_second > facts.decode_tokens_per_second > 0
+        assert facts.peak_rss_bytes < 200e6
+        assert not facts.torch_loaded
+    assert onnx.mean_kl == done[1].mean_kl
+
+
+def test_how_far_they_agree(done: tuple[Path, DemoReport], compared: Comparison) -> None:
+    agreed, examples = compared.agreement, [text for person in done[1].people for text in person.examples]
+    assert agreed.answers == len(examples)
+    assert 0.8 < agreed.same_best_token <= 1
+    assert 0 < agreed.mean_kl < 0.2
+    answers = []
+    for facts, folder in zip(compared.backends, ("bundle", "bundle-executorch"), strict=True):
+        with Engine.load(done[0] / "device" / folder, backend=facts.name) as engine:
+            answers.append([engine.generate(f"{said}\n", max_new_tokens=MAX_NEW_TOKENS).text for said, _ in examples])
+    assert agreed.same_answers == pytest.approx(sum(a == b for a, b in zip(*answers, strict=True)), abs=2)  # threads
+
+
+def test_what_a_backend_says_is_scored(done: tuple[Path, DemoReport], tmp_path: Path) -> None:
+    """Given its own greedy answer, every token of it is the most likely one."""
+    bundle, prompt = done[0] / "device/bundle", f"{done[1].people[0].examples[0][0]}\n"
+    with Engine.load(bundle, threads=1) as engine:
+        answer = engine.generate(prompt, max_new_tokens=MAX_NEW_TOKENS)
+        ids = engine.tokenizer.encode(prompt + answer.text)[answer.prompt_tokens :]
+    logits = tmp_path / "logits.npy"
+    job = backends.Job(str(bundle), "onnx", 1, [(prompt, answer.text)], MAX_NEW_TOKENS, str(logits))
+    with running(backends.__name__, job) as process:
+        measured = msgspec.json.decode(process.communicate()[0], type=backends.Measured)
+    assert np.load(logits).argmax(1).tolist() == ids
+    assert measured.answers == [answer.token_ids]
+    assert len(measured.prefill_seconds) == len(measured.decode_seconds) == backends.REPETITIONS
+    quiet = msgspec.structs.replace(job, texts=[], logits=str(tmp_path / "none"))
+    with running(backends.__name__, quiet) as process:
+        measured = msgspec.json.decode(process.communicate()[0], type=backends.Measured)
+    assert measured.answers == measured.golden == []
+    assert not (tmp_path / "none").exists()
+
+
+def test_agreement(tmp_path: Path) -> None:
+    def said(answers: list[list[int]]) -> backends.Measured:
+        return backends.Measured(0.1, 1, [0.1], [0.1], answers, [], False)
+
+    one, other = np.log([[0.5, 0.5], [0.9, 0.1]]), np.log([[0.25, 0.75], [0.9, 0.1]])
+    np.save(tmp_path / "one.npy", one + 7)
+    np.save(tmp_path / "other.npy", other)
+    files = [tmp_path / "one.npy", tmp_path / "other.npy"]
+    agreed = comparison._agreement([said([[1, 2], [3]]), said([[1, 2], [4]])], files)
+    assert (agreed.answers, agreed.same_answers, agreed.tokens) == (2, 1, 2)
+    assert agreed.same_best_token == 0.5
+    assert agreed.mean_kl == pytest.approx((0.5 * np.log(2) + 0.5 * np.log(2 / 3)) / 2)
+
+
+def test_what_is_missing_for_a_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "check_installed", lambda: None)
+    monkeypatch.setitem(sys.modules, "crayon_native", None)
+    assert re.search(r"^crayon_native\b.*; to have it: pip install .*make native$", comparison.missing() or "")
+
+    def absent() -> None:
+        raise MissingExtra("pte", "exporting for ExecuTorch")
+
+    monkeypatch.setattr(programs, "check_installed", absent)
+    assert (comparison.missing() or "").endswith("; to have it: pip install 'crayon-edge[pte]'")
+
+
+def test_without_a_comparison_the_demo_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(comparison, "missing", lambda: "no compiler")
+    waited = SimpleNamespace(wait=lambda: None)
+    monkeypatch.setattr(story._Story, "_oracle", lambda _: nullcontext(waited))
+    for part in ("_export", "_build", "_with_prototypes"):
+        monkeypatch.setattr(story._Story, part, lambda *_: None)
+    monkeypatch.setattr(story._Story, "_serve", lambda *_: (None, None, None))
+    monkeypatch.setattr(story._Story, "_report", lambda _, *facts: facts)
+    said: list[str] = []
+    compared, missing, _ = story._Story(tmp_path, QUICK, said.append, nullcontext).tell()[-3:]  # type: ignore[index]
+    assert (compared, missing) == (None, "no compiler")
+    assert "without a comparison of backends: no compiler" in said
+
+
+def test_a_report_without_a_comparison(done: tuple[Path, DemoReport]) -> None:
+    alone = replace(done[1], comparison=None, not_compared="no compiler; to have it: buy one")
+    assert alone.to_text().splitlines()[-1] == "backends not compared: no compiler; to have it: buy one"
+    shown = page.render(alone, Pool.open(done[0] / "server/pool"))
+    assert "That was not compared here: no compiler; to have it: buy one." in shown
+    assert "has the bundle, the trusted" in shown
+
+
 # The files
 
 
@@ -375,6 +492,12 @@ def test_the_page_stands_alone(done: tuple[Path, DemoReport]) -> None:
     for measure, curve in report.routing.curves.items():
         assert f"{curve.policy_accuracy:.0%} right, {curve.policy_calls:.0%} to the server" in shown, measure
     assert "crayon bench customization" in text
+    if report.comparison:
+        agreed = report.comparison.agreement
+        assert f"to {agreed.same_answers} of {agreed.answers} prompts" in shown
+        for facts in report.comparison.backends:
+            assert f"{facts.decode_tokens_per_second:.0f} tokens/s" in shown
+            assert size_text(facts.peak_rss_bytes) in shown
 
 
 def test_all_that_is_measured_is_shown(done: tuple[Path, DemoReport]) -> None:
@@ -389,6 +512,13 @@ def test_the_summary(done: tuple[Path, DemoReport]) -> None:
     assert re.search(
         r"useful answers to 27 queries, 15 of them .*:\n\d+% by the device, \d+% by the server LLM, \d+% by both", text
     )
+
+
+def test_the_summary_of_a_comparison(done: tuple[Path, DemoReport], compared: Comparison) -> None:
+    text = done[1].to_text()
+    assert re.search(r"the same model in both backends +ONNX Runtime +ExecuTorch\n", text)
+    assert re.search(r"golden cases +6 of 6 +6 of 6\n", text)
+    assert f"the same answer to {compared.agreement.same_answers} of 30 prompts" in text
 
 
 def test_the_command(done: tuple[Path, DemoReport], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -491,7 +621,7 @@ def test_only_a_demo_is_replaced(
 def test_a_process_that_fails() -> None:
     with (
         pytest.raises(BackendError, match=r"(?s)demo.absent ended with exit code 1:.*No module named"),
-        story._process("crayon_server.demo.absent", Text("a", "b")) as process,
+        running("crayon_server.demo.absent", Text("a", "b")) as process,
     ):
         process.wait()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 
 
 @contextmanager
@@ -12,6 +13,7 @@ def quiet() -> Iterator[None]:
     """Without transformers' own bars and warnings: they would break into ours."""
     from transformers.utils import logging
 
+    getLogger("torch.utils._pytree").setLevel(ERROR)  # it warns of torchao, where that is installed
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

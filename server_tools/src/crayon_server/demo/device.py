@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from crayon_runtime import Engine
 from crayon_runtime.bundle import Bundle
 from crayon_runtime.customize import ADAPTER, customize
 from crayon_runtime.examples import answer_log_loss
+from crayon_runtime.probe import peak_memory
 from crayon_runtime.remote import PoolClient
 from crayon_runtime.routing import Router, SentLog, ServerLLM, sent_log_path
 from crayon_runtime.routing.policies import Route
@@ -148,7 +148,7 @@ class Measurements(msgspec.Struct):
 def measure(job: Job) -> Measurements:
     """Customize for everybody, then answer everything: the models take turns at every query."""
     started = time.perf_counter()
-    with Engine.load(Path(job.bundle), threads=job.threads) as engine:
+    with Engine.load(Path(job.bundle), backend="onnx", threads=job.threads) as engine:
         load_seconds = time.perf_counter() - started
         people = {name: _customize(engine, job, name, person) for name, person in job.people.items()}
         adapters = {name: _adapter(job, name, customized) for name, customized in people.items()}
@@ -171,7 +171,7 @@ def measure(job: Job) -> Measurements:
         for name, person in job.people.items():
             people[name].routed = _ask(engine, adapters[name], Path(job.folder, name), person)
         swaps = [_swap_ms(engine, list(adapters.values())[i % len(adapters)]) for i in range(SWAPS)]
-        peak_rss_bytes = _peak_rss_bytes()
+        peak_rss_bytes = peak_memory()
         for name, person in job.people.items():
             for model, adapter in models[name].items():
                 read = engine.read_adapter(adapter) if adapter else None
@@ -292,13 +292,6 @@ def _swap_while_answering(engine: Engine, prompt: str, first: Bundle | None, sec
         engine.set_adapter(second)
         pieces += [piece.text for piece in stream]
     return "".join(pieces)
-
-
-def _peak_rss_bytes() -> int:
-    """Of this process alone; `getrusage` would count what the parent had when it started us."""
-    status = Path("/proc/self/status").read_text()
-    match = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    return int(match[1]) * 1024 if match else 0
 
 
 if __name__ == "__main__":

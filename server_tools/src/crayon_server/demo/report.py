@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from crayon_runtime.cli.common import size_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from crayon_runtime.routing.policies import Route
     from crayon_server.demo.device import Model
 
@@ -252,6 +254,93 @@ class PoolFacts:
 
 
 @dataclass(frozen=True)
+class BackendFacts:
+    """The base in one backend: sizes in bytes; times are medians, each in processes of its own.
+
+    Attributes:
+        name, title: as options name it, and as people do.
+        packed_bytes: what it keeps on the device's disk beside the bundle, to load faster.
+        first_load_seconds, load_seconds: from nothing to the first token, the first time and from then on.
+        peak_rss_bytes: of a process that loads and answers.
+        mean_kl: of its weights from the float ones on the golden cases, in nats.
+        golden_passed: of `golden_cases` cases, which are the backend's own: how many it answers as it must.
+        golden_error, golden_tolerance: the largest error of a case's scores, and what is allowed.
+    """
+
+    name: str
+    title: str
+    bundle_bytes: int
+    weights_bytes: int
+    packed_bytes: int
+    first_load_seconds: float
+    load_seconds: float
+    peak_rss_bytes: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    mean_kl: float
+    golden_cases: int
+    golden_passed: int
+    golden_error: float
+    golden_tolerance: float
+    torch_loaded: bool
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two backends, whose weights are rounded by different rules, say the same.
+
+    Attributes:
+        answers, same_answers: greedy answers, and how many are the same in all their tokens.
+        tokens: that both have scored, given the same text before them.
+        same_best_token: the share of these for which both hold the same token for the most likely one.
+        mean_kl: KL(the first || the second), in nats, mean over the tokens.
+    """
+
+    answers: int
+    same_answers: int
+    tokens: int
+    same_best_token: float
+    mean_kl: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both backends side by side.
+
+    Attributes:
+        prefill_tokens, decode_tokens: whose time was taken, `repetitions` times in each of `processes` processes of each backend.
+    """
+
+    backends: list[BackendFacts]
+    agreement: Agreement
+    prefill_tokens: int
+    decode_tokens: int
+    processes: int
+    repetitions: int
+
+    def to_text(self) -> str:
+        """A table in a few lines."""
+        agreed = self.agreement
+        rows: list[tuple[str, Callable[[BackendFacts], str]]] = [
+            ("weights, bundle", lambda b: f"{size_text(b.weights_bytes)}, {size_text(b.bundle_bytes)}"),
+            ("load, the first time", lambda b: f"{b.first_load_seconds * 1e3:.0f} ms"),
+            ("load", lambda b: f"{b.load_seconds * 1e3:.0f} ms"),
+            ("memory of the process", lambda b: size_text(b.peak_rss_bytes)),
+            (f"prefill, {self.prefill_tokens} tokens", lambda b: f"{b.prefill_tokens_per_second:.0f} tokens/s"),
+            (f"decode, {self.decode_tokens} tokens", lambda b: f"{b.decode_tokens_per_second:.0f} tokens/s"),
+            ("golden cases", lambda b: f"{b.golden_passed} of {b.golden_cases}"),
+            ("KL from the float model", lambda b: f"{b.mean_kl:.3f}"),
+        ]
+        lines = [f"{'the same model in both backends':<36}" + "".join(f"{b.title:>20}" for b in self.backends)]
+        lines += [f"{what:<36}" + "".join(f"{cell(b):>20}" for b in self.backends) for what, cell in rows]
+        lines.append(
+            f"the same answer to {agreed.same_answers} of {agreed.answers} prompts, the same best token at {agreed.same_best_token:.1%} of "
+            f"{agreed.tokens}, KL {agreed.mean_kl:.3f}: each rounds the weights in its own way"
+        )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class DemoReport:
     """All that the page shows.
 
@@ -262,6 +351,7 @@ class DemoReport:
         mean_kl: of the int4 model from the float one on the golden cases, in nats.
         device: `Measurements` without the people.
         routing: of the queries that the server LLM could be asked.
+        comparison: of the backends; None where `not_compared` says what is missing for that.
         stages: what was done, and the seconds of it.
     """
 
@@ -275,6 +365,8 @@ class DemoReport:
     pool: PoolFacts
     device: dict[str, Any]
     routing: Routing
+    comparison: Comparison | None
+    not_compared: str | None
     stages: list[tuple[str, float]]
     seconds: float
     kind: str = KIND
@@ -310,6 +402,8 @@ class DemoReport:
             f"{self.device['base_tokens_per_second']:.0f} tokens/s, {self.device['adapter_tokens_per_second']:.0f} with an adapter",
             f"{self.parameters:,} parameters on a generated benchmark; three users are no benchmark: "
             "see `crayon bench customization`",
+            "",
+            self.comparison.to_text() if self.comparison else f"backends not compared: {self.not_compared}",
         ]
         return "\n".join(lines)
 

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from crayon_runtime.errors import BackendError
+from crayon_server.demo.processes import ended
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 START_SECONDS = 60.0
-STOP_SECONDS = 10.0
 
 
 @contextmanager
@@ -38,20 +38,6 @@ def serving(pool: Path, keys: Path, log: Path, *, upstream: Path, cache: Path) -
     command += ["--upstream", str(upstream), "--cache", str(cache)]
     with log.open("wb") as said, ended(subprocess.Popen(command, stdout=said, stderr=said)) as process:
         yield _address(process, log)
-
-
-@contextmanager
-def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """End a process with the block."""
-    with process:
-        try:
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> tuple[str, int]:

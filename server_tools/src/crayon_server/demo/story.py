@@ -1,7 +1,7 @@
 """The demo: ten examples change a device, and never leave it; what it cannot answer it asks a server LLM.
 
     export nano to int4 ──> build a pool ──> prototypes ──> serve it ──> three users customize over HTTP ──> before / after ──┐
-                            (meanwhile, an oracle LoRA for each of the three)                                                  │
+                            (meanwhile, an oracle LoRA for each of the three, and a program of nano for ExecuTorch)            │
                                                          report <── they ask this and that, and some of it the server LLM <───┘
 
 The service is a process of its own, and so is the device, which has no torch. Between the two stands a relay that writes down every byte.
@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -25,17 +24,18 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from crayon_runtime.errors import BackendError, OutputError
+from crayon_runtime.errors import OutputError
 from crayon_runtime.files import atomic_directory
 from crayon_runtime.pool import Pool
 from crayon_runtime.routing import ServerLLM
 from crayon_runtime.signing import KEYS, KeyStore, TrustedKeys
 from crayon_server.data.phone_assistant import benchmark, write
 from crayon_server.data.phone_assistant.world import translate
-from crayon_server.demo import device, hybrid, oracle
+from crayon_server.demo import comparison, device, hybrid, oracle, program
 from crayon_server.demo.device import MODELS, Job, Measurements, Text
-from crayon_server.demo.report import KIND, DemoReport, Line, Message, Person, PoolFacts, Routing, Score
-from crayon_server.demo.service import ended, serving
+from crayon_server.demo.processes import running
+from crayon_server.demo.report import KIND, Comparison, DemoReport, Line, Message, Person, PoolFacts, Routing, Score
+from crayon_server.demo.service import serving
 from crayon_server.demo.wire import Exchange, Wire, split
 from crayon_server.evaluate.exact_match import MAX_NEW_TOKENS, judge
 from crayon_server.pool.build import Settings as PoolSettings
@@ -137,6 +137,7 @@ class _Story:
     def __init__(self, folder: Path, settings: Settings, say: Callable[[str], None], progress: Progress) -> None:
         self.folder, self.settings, self._say, self._progress = folder, settings, say, progress
         self.bundle = folder / "device/bundle"
+        self.bundles = {"onnx": self.bundle, "executorch": folder / "device/bundle-executorch"}
         self.pool = folder / "server/pool"
         self.keys = folder / "server/keys"
         self.log = folder / "server/service.log"
@@ -148,18 +149,27 @@ class _Story:
         asked = {query.completion for user in self.users.values() for query in user.queries}
         asked |= {query.completion for queries in self.mixed.values() for _, query in queries}
         self.texts = [(u.name, e) for u in self.sources for e in u.examples if e.completion not in asked]
+        self.golden_texts = [(e.prompt, e.completion) for user in self.users.values() for e in user.examples[:2]]
         self.stages: list[tuple[str, float]] = []
 
     def tell(self) -> DemoReport:
         started = time.perf_counter()
-        self._say("about two minutes on two cores")
-        with self._oracle() as training:
+        self._say("two to three minutes on two cores")
+        missing = comparison.missing()
+        if missing:
+            self._say(f"without a comparison of backends: {missing}")
+        with self._oracle() as training, nullcontext() if missing else self._program() as exporting:
             exported = self._export()
             pool = self._with_prototypes(self._build())
             with self._stage("waited for the oracle LoRAs, which were trained meanwhile"):
                 training.wait()
+            if exporting:
+                with self._stage("waited for the model's program for ExecuTorch, which was made meanwhile"):
+                    exporting.wait()
+        compared = None if missing else self._compare()
         measured, wires, by_server = self._serve(pool)
-        return self._report(exported, pool, measured, wires, by_server, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return self._report(exported, pool, measured, wires, by_server, compared, missing, seconds)
 
     @contextmanager
     def _stage(self, what: str) -> Iterator[None]:
@@ -180,7 +190,7 @@ class _Story:
                 backend="onnx",
                 quantize="int4",
                 group_size=GROUP_SIZE,
-                golden_texts=[(e.prompt, e.completion) for user in self.users.values() for e in user.examples[:2]],
+                golden_texts=self.golden_texts,
             )
 
     def _build(self) -> Pool:
@@ -235,8 +245,29 @@ class _Story:
             threads=settings.pool.threads,
             out=str(self.folder / "oracle"),
         )
-        with _process(oracle.__name__, job) as process:
+        with running(oracle.__name__, job) as process:
             yield process
+
+    @contextmanager
+    def _program(self) -> Iterator[subprocess.Popen[bytes]]:
+        """Export nano for ExecuTorch in a process of its own; what it leaves when it is ended early is in the demo's folder."""
+        job = program.Job(
+            group_size=GROUP_SIZE,
+            golden_texts=self.golden_texts,
+            threads=self.settings.pool.threads,
+            out=str(self.bundles["executorch"]),
+        )
+        with (
+            tempfile.TemporaryDirectory(dir=self.folder) as scratch,
+            running(program.__name__, job, TMPDIR=scratch) as process,
+        ):
+            yield process
+
+    def _compare(self) -> Comparison:
+        """Measure both backends."""
+        texts = [(e.prompt, e.completion) for user in self.users.values() for e in user.examples]
+        with self._stage("compared the two backends, without torch"):
+            return comparison.compare(self.bundles, texts, threads=self.settings.threads, folder=self.folder)
 
     def _serve(self, pool: Pool) -> tuple[Measurements, dict[str, list[Exchange]], dict[str, str]]:
         """Serve the pool and the server LLM, and let everybody customize and ask, each through a relay of their own.
@@ -278,7 +309,7 @@ class _Story:
         with (
             self._stage(what),
             self._progress("left the device, headers included", None) as on_bytes,
-            _process(device.__name__, job) as process,
+            running(device.__name__, job) as process,
         ):
             counted = 0
             while True:
@@ -312,6 +343,8 @@ class _Story:
         measured: Measurements,
         exchanges: dict[str, list[Exchange]],
         by_server: dict[str, str],
+        compared: Comparison | None,
+        missing: str | None,
         seconds: float,
     ) -> DemoReport:
         from crayon_server.models import load_nano
@@ -342,6 +375,8 @@ class _Story:
             pool=facts,
             device=device_facts,
             routing=_routing(people, measured, manifest.prototypes.count if manifest.prototypes else 0),
+            comparison=compared,
+            not_compared=missing,
             stages=self.stages,
             seconds=seconds,
         )
@@ -388,21 +423,6 @@ def _wanted(convention: Convention) -> str:
     dinner, monday = translate("dinner", locale), translate("monday", locale)
     arguments = (("what", dinner), ("who", "anna"), ("day", monday), ("time", half_seven))
     return "".join(piece.text for piece in write("calendar.add", arguments, convention))
-
-
-@contextmanager
-def _process(module: str, job: msgspec.Struct) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a module that reads a job from stdin; it ends with the block."""
-    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
-        stdin.write(msgspec.json.encode(job))
-        stdin.seek(0)
-        command = [sys.executable, "-m", module]
-        with ended(subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr)) as process:
-            yield process
-            if process.returncode:
-                stderr.seek(0)
-                said = stderr.read().decode(errors="replace").strip()
-                raise BackendError(f"{module} ended with exit code {process.returncode}:\n{said}")
 
 
 def _routing(people: list[Person], measured: Measurements, prototypes: int) -> Routing:
