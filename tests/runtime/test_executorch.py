@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from crayon_runtime import Engine, backends
+from crayon_runtime import Engine, backends, golden
 from crayon_runtime.backends import packed
 from crayon_runtime.backends.executorch import ExecutorchBackend
 from crayon_runtime.bundle import Bundle, BundleWriter
@@ -28,7 +28,7 @@ from crayon_runtime.manifest import (
     ModelManifest,
     Variants,
 )  # fmt: skip
-from tests.programs import exported
+from tests.programs import exported, exported_int8
 from tests.runtime.bundles import flip_byte
 
 pytestmark = pytest.mark.slow
@@ -152,6 +152,13 @@ def test_a_program_that_the_manifest_does_not_describe(bundle: Bundle, tmp_path:
         wrong = Bundle(bundle.path, msgspec.structs.replace(bundle.model, **change), bundle.document)
         with pytest.raises(BackendError, match="not the one that the manifest describes"):
             load(wrong)
+
+
+def test_golden_cases_over_an_int8_cache(cache: Path) -> None:
+    results = golden.replay(exported_int8(), backend="executorch")
+    assert len(results) == 4
+    assert all(result.passed for result in results)
+    assert max(result.logit_error for result in results) < 0.1
 
 
 # adapters
