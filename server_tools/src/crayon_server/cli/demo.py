@@ -19,7 +19,7 @@ from crayon_server.cli import quiet
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: 1 to train, all to answer]")
 @json_option
 def demo(out: Path, threads: int | None, as_json: bool) -> None:
-    """Show how ten examples change a device: two to three minutes; ends with an HTML report.
+    """Show how ten examples change a device: two to four minutes; ends with an HTML report.
 
     A small model is exported to int4, a pool of LoRAs is built and served on this machine beside a larger model, and three users customize
     with ten examples each; what their devices cannot answer then, they ask the larger one. An earlier demo in the same folder is replaced.
