@@ -11,9 +11,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <optional>
 #include <set>
+#include <system_error>
 #include <tuple>
 #include <vector>
 
@@ -185,8 +188,9 @@ void take_write_access(const std::string& path) {
   const Descriptor own(open(path.c_str(), O_RDONLY | O_CLOEXEC));
   struct stat wanted, found;
   if (own < 0 || fstat(own, &wanted) != 0) return;
-  const int most = static_cast<int>(sysconf(_SC_OPEN_MAX) < 65536 ? sysconf(_SC_OPEN_MAX) : 65536);
-  for (int fd = 0; fd < most; ++fd) {
+  std::error_code unreadable;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd", unreadable)) {
+    const int fd = std::atoi(entry.path().filename().c_str());
     if (fd == own || fstat(fd, &found) != 0) continue;
     if (found.st_ino == wanted.st_ino && found.st_dev == wanted.st_dev && (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDWR) {
       dup2(own, fd);
