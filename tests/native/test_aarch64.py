@@ -75,9 +75,9 @@ def test_the_kernels_compute_what_numpy_does(board: Board) -> None:
     # All of them take minutes there.
     shapes = "(shapes and 4-100) or (any_position and 257) or (zero_points and 100) or largest or masks or pieces"
     options = ["-q", "-p", "no:cacheprovider", "-k", f"{BEST[board.processor]} and ({shapes}) or rounded or errors"]
-    library = board.files / "libattention_test.so"
+    library = board.files / "libkernels_test.so"
     ran = board.python(
-        "-m", "pytest", *options, ROOT / "tests/native/test_attention.py", CRAYON_ATTENTION_LIBRARY=library
+        "-m", "pytest", *options, ROOT / "tests/native/test_attention.py", CRAYON_KERNELS_LIBRARY=library
     )
     passed = re.search(r"(\d+) passed", ran)
     assert passed is not None

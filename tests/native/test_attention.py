@@ -1,6 +1,6 @@
 """The attention kernels against numpy, on every instruction set that this CPU has.
 
-``CRAYON_ATTENTION_LIBRARY`` names another build of them: with AddressSanitizer, or for an ARM board.
+``CRAYON_KERNELS_LIBRARY`` names another build of them: with AddressSanitizer, or for an ARM board.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import needs
 
-LIBRARY = ctypes.CDLL(str(needs.attention_library()))
+LIBRARY = ctypes.CDLL(str(needs.kernels_library()))
 ALL_SETS = ("baseline", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "neon", "dotprod")
 INTEGER_SETS = ("avx2_vnni", "avx512_vnni", "dotprod")
 INSTRUCTION_SETS = [s for s in ALL_SETS if LIBRARY.test_use(s.encode()) == 0]

@@ -15,8 +15,8 @@ from tests.support import ROOT, needs
 
 @pytest.mark.slow
 def test_the_kernels_touch_no_memory_of_others() -> None:
-    library = needs.sanitized_library("libattention_test.so")
-    environment = os.environ | sanitizer() | {"CRAYON_ATTENTION_LIBRARY": str(library)}
+    library = needs.sanitized_library("libkernels_test.so")
+    environment = os.environ | sanitizer() | {"CRAYON_KERNELS_LIBRARY": str(library)}
     best = needs.native().instruction_set()
     some = f"{best} or rounded or errors"
     pytest_run = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", some, ROOT / "tests/native/test_attention.py"]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from crayon_runtime.backends.base import Adapter, Step, check_base
-from crayon_runtime.backends.packed import packed_weights
 from crayon_runtime.errors import AdapterError, BackendError, CrayonError, IntegrityError
 from crayon_runtime.files import sha256_file
 from crayon_runtime.manifest import ExecutorchAdapterVariant, ExecutorchVariant
@@ -59,7 +58,7 @@ class ExecutorchBackend:
 
     name = "executorch"
 
-    def __init__(self, program: Program, bundle: Bundle, packed: Path | None) -> None:
+    def __init__(self, program: Program, bundle: Bundle) -> None:
         model = bundle.model
         self.program = program
         self.vocab_size = model.architecture.vocab_size
@@ -67,7 +66,6 @@ class ExecutorchBackend:
         self.tap_size = model.tap.size
         self.longest_step: int = program.constant("get_max_seq_len")
         self._bundle = bundle
-        self._packed = packed
 
     @classmethod
     def load(cls, bundle: Bundle, *, threads: int | None = None) -> ExecutorchBackend:
@@ -79,7 +77,7 @@ class ExecutorchBackend:
         Raises:
             BackendError: the bundle has no ExecuTorch variant, the runner is not installed or refuses the program, or the process
                 computes on another number of threads already.
-            IntegrityError: the program, or weights that are packed now, are not those that the manifest lists.
+            IntegrityError: the program is not the one that the manifest lists.
         """
         variant = bundle.model.variants.executorch
         if not isinstance(variant, ExecutorchVariant):
@@ -91,14 +89,13 @@ class ExecutorchBackend:
         if bundle.model.kv_dtype not in _KV_TYPES:
             raise BackendError(f"ExecuTorch cannot keep a {bundle.model.kv_dtype} KV cache here", where=bundle.path)
         crayon_native = native()
-        packed = packed_weights(bundle, variant)
         _start(threads)
         try:
-            program = _open(bundle, variant, [], packed)
+            program = _open(bundle, variant, [])
             with_tap = _BASE in program.methods and program.constant("get_tap_size") == bundle.model.tap.size
             if not with_tap or program.constant("get_max_context_len") != bundle.model.context_length:
                 raise BackendError("the program is not the one that the manifest describes", where=program.path)
-            return cls(program, bundle, packed)
+            return cls(program, bundle)
         except crayon_native.NativeError as e:
             raise _error(e, bundle.file(variant.program)) from e
 
@@ -120,7 +117,7 @@ class ExecutorchBackend:
             )
         crayon_native = native()
         try:
-            program = _open(bundle, variant, [self._bundle.file(path) for path in base.data], self._packed)
+            program = _open(bundle, variant, [self._bundle.file(path) for path in base.data])
             if _ADAPTED not in program.methods or any(
                 program.constant(name) != self.program.constant(name)
                 for name in ("get_max_context_len", "get_max_seq_len", "get_tap_size")
@@ -238,16 +235,13 @@ def _start(threads: int | None) -> None:
         ) from e
 
 
-def _open(
-    bundle: Bundle, variant: ExecutorchVariant | ExecutorchAdapterVariant, base: list[Path], packed: Path | None
-) -> Program:
-    """A program and its data, after hashes were compared: ExecuTorch trusts the tables of a program, and keeps what it packs under the
-    names that weights have in it. The base's own data is read through only where its packed weights are not there yet."""
-    is_packed = not base and packed is not None and packed.exists()
-    for file in (variant.program, *(() if is_packed else variant.data)):
+def _open(bundle: Bundle, variant: ExecutorchVariant | ExecutorchAdapterVariant, base: list[Path]) -> Program:
+    """A program and its data. ExecuTorch trusts the tables of a program, and what is computed of an adapter's weights is kept under their
+    names, so both are hashed now. The base's weights were when the bundle was opened, unless they were before and nothing touched them."""
+    for file in (variant.program, *(variant.data if base else ())):
         _check(bundle, file)
     files = [*base, *(bundle.file(file) for file in variant.data)]
-    program: Program = native().Program(bundle.file(variant.program), files, packed)
+    program: Program = native().Program(bundle.file(variant.program), files)
     return program
 
 

@@ -1,9 +1,11 @@
-// attention.h as C functions, for the tests in Python.
+// The kernels as C functions, for the tests in Python.
 #include <cstdlib>
 #include <thread>
 #include <vector>
 
 #include "../src/attention.h"
+#include "../src/instruction_set.h"
+#include "../src/linear.h"
 
 namespace {
 
@@ -38,7 +40,25 @@ int32_t test_update_cache(const crayon::CacheSide* cache, int32_t type, const fl
                                                    head_size, start, capacity));
 }
 
-int32_t test_use(const char* name) { return static_cast<int32_t>(crayon::use_instruction_set(name)); }
+// Products of the same tokens with matrices of int4 groups, and with int8 rows where the group size is 0.
+void test_linears(int32_t count, const uint8_t* const* codes, const void* const* scales, const int64_t* rows,
+                  const int64_t* group_sizes, int64_t width, const float* in, int64_t tokens, float* const* out,
+                  int threads, int repetitions) {
+  std::vector<std::unique_ptr<crayon::LinearWeights>> weights;
+  std::vector<crayon::LinearCall> calls;
+  for (int32_t i = 0; i < count; ++i) {
+    weights.push_back(group_sizes[i]
+                          ? crayon::LinearWeights::int4(codes[i], static_cast<const uint16_t*>(scales[i]), rows[i],
+                                                        width, group_sizes[i], std::make_shared<crayon::RowOffsets>())
+                          : crayon::LinearWeights::int8(reinterpret_cast<const int8_t*>(codes[i]),
+                                                        static_cast<const float*>(scales[i]), rows[i], width));
+    calls.push_back({weights.back().get(), in, out[i]});
+  }
+  const crayon::ParallelFor parallel{run_on_threads, &threads, threads};
+  for (int i = 0; i < repetitions; ++i) crayon::run_linears(calls.data(), calls.size(), tokens, parallel);
+}
+
+int32_t test_use(const char* name) { return crayon::use_instruction_set(name) ? 0 : 5; }
 const char* test_instruction_set() { return crayon::instruction_set(); }
 
 }  // extern "C"
