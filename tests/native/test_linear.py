@@ -1,30 +1,18 @@
-"""The kernels of quantized linear layers against numpy, on every instruction set that this CPU has.
-
-``CRAYON_KERNELS_LIBRARY`` names another build of them: with AddressSanitizer, or for an ARM board.
-"""
+"""The kernels of quantized linear layers against numpy, on every instruction set that this CPU has."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-from tests.support import needs
+from tests.native import kernels
+from tests.native.kernels import LIBRARY
 
-LIBRARY = ctypes.CDLL(str(needs.kernels_library()))
-ALL_SETS = ("baseline", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "neon", "dotprod")
-INSTRUCTION_SETS = [s for s in ALL_SETS if LIBRARY.test_use(s.encode()) == 0]
 Array = np.ndarray[Any, Any]
-
-
-@pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
-def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    assert LIBRARY.test_use(request.param.encode()) == 0
-    yield
-    LIBRARY.test_use(None)
+instructions = kernels.instructions
 
 
 class Weights(NamedTuple):
@@ -77,7 +65,7 @@ def _rounded(x: Array) -> Array:
     """What tokens are worth after rounding: XNNPACK's rule, in its float32."""
     one = np.float32(1)
     low, high = np.minimum(x.min(1), 0), np.maximum(x.max(1), 0)
-    factor = np.where(low == high, one, np.float32(255) / (high - low)).astype(np.float32)
+    factor = np.where(low == high, one, np.float32(255) / np.where(low == high, one, high - low)).astype(np.float32)
     low_end, high_end = low * factor, high * factor
     below = (np.float32(-128) + low_end) + (np.float32(127) + high_end) > 0
     zero = np.rint(np.clip(np.where(below, np.float32(-128) - low_end, np.float32(127) - high_end), -128, 127))

@@ -1,9 +1,6 @@
-// Our delegate in XNNPACK's place: linear layers with quantized weights are computed by our kernels, straight from the
-// weights in the file, everything else by XNNPACK.
+// Our delegate in XNNPACK's place: it computes linear layers with quantized weights, straight from the weights in the
+// file, and elementwise operations on few numbers; XNNPACK everything else.
 #pragma once
-
-#include <cstddef>
-#include <cstdint>
 
 namespace crayon {
 

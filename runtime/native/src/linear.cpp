@@ -24,7 +24,7 @@ const LinearKernels& chosen_kernels() { return *all_kernels[static_cast<int>(cho
 // Waking the other threads takes as long as reading about so many bytes.
 constexpr size_t alone_bytes = size_t{96} << 10;
 // More tasks than threads, so that a thread which another process holds up delays the others by little.
-constexpr int64_t tasks_per_thread = 8;
+constexpr int64_t tasks_per_thread = 16;
 
 constexpr int64_t most_lanes = 16;
 

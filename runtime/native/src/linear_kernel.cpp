@@ -32,6 +32,7 @@ constexpr int64_t piece = 2 * vector_bytes;  // elements of a vector of 4-bit co
 constexpr int64_t piece_lanes = lanes;       // lanes of eight of them
 
 inline Ints load_ints(const int32_t* p) { return *reinterpret_cast<const LooseInts*>(p); }
+inline void store_ints(int32_t* p, Ints v) { *reinterpret_cast<LooseInts*>(p) = v; }
 inline Ints broadcast_int(int32_t x) { return x - Ints{}; }
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 inline Bytes low_half(Bytes v) { return v & static_cast<int8_t>(15); }
@@ -210,12 +211,9 @@ void to_pairs(const int8_t* plain, int64_t width, int8_t* pairs, int64_t padded,
         pairs[vector_bytes + i] = 2 * i + 1 < count ? plain[at + 2 * i + 1] : 0;
       }
     }
-    // The sums are few: an eighth of the elements.
-    for (int l = 0; l < lanes; ++l) {
-      int32_t sum = 0;
-      for (int k = 0; k < 4; ++k) sum += pairs[4 * l + k] + pairs[vector_bytes + 4 * l + k];
-      lane_sums[l] = -8 * sum;
-    }
+    const Bytes ones = Bytes{} + static_cast<int8_t>(1);
+    const Ints sums = dot_small(dot_small(Ints{}, ones, load_bytes(pairs)), ones, load_bytes(pairs + vector_bytes));
+    store_ints(lane_sums, sums * -8);
   }
 }
 

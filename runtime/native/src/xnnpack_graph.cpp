@@ -1,8 +1,11 @@
 #include "xnnpack_graph.h"
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <map>
 
+#include "elementwise.h"
 #include "linear.h"
 #include "tables.h"
 
@@ -13,9 +16,13 @@ namespace {
 // enumerations by their number.
 constexpr int graph_nodes = 1, graph_values = 2, graph_inputs = 4, graph_outputs = 5, graph_constants = 8;
 constexpr int node_type = 0, node = 1, node_limits = 3;
-constexpr uint8_t fully_connected = 2, convert = 18;
+constexpr uint8_t fully_connected = 2, convert = 18, concatenate_two = 32;
 constexpr int convert_input = 0, convert_output = 1, convert_flags = 2;
 constexpr int linear_input = 0, linear_filter = 1, linear_bias = 2, linear_output = 3, linear_flags = 4;
+constexpr int unary_input = 0, unary_output = 1, unary_flags = 2;
+constexpr int binary_first = 0, binary_second = 1, binary_output = 2, binary_flags = 3;
+constexpr int concatenate_axis = 0, concatenate_first = 1, concatenate_second = 2, concatenate_output = 5,
+              concatenate_flags = 6;
 constexpr int any_value_type = 0, any_value = 1;
 constexpr uint8_t plain_value = 1, quantized_value = 2;
 constexpr int base_value = 0, parameters_type = 1, parameters = 2;
@@ -76,6 +83,28 @@ std::map<uint32_t, Value> read_values(const Table& graph) {
   return values;
 }
 
+void read_arguments(const Table& graph, const std::map<uint32_t, Value>& values, int field, std::vector<Argument>& to) {
+  for (size_t i = 0; i < graph.count(field); ++i) {
+    const auto found = values.find(graph.element(field, i));
+    if (found == values.end()) {
+      refuse(CRAYON_NATIVE_BAD_PROGRAM, "a graph for XNNPACK names a value that it does not have");
+    }
+    to.push_back({found->first, found->second.argument});
+  }
+}
+
+struct Operation {
+  uint8_t type;  // of the node
+  Elementwise operation;
+};
+constexpr Operation unary_operations[] = {
+    {4, Elementwise::sigmoid}, {27, Elementwise::negate},
+    {28, Elementwise::square}, {40, Elementwise::reciprocal_square_root},
+    {46, Elementwise::copy},
+};
+constexpr Operation binary_operations[] = {
+    {1, Elementwise::add}, {15, Elementwise::multiply}, {16, Elementwise::subtract}};
+
 // The name of a constant's data; empty: it has none.
 std::string name_of(const Table& graph, uint32_t constant) {
   if (constant == 0 || constant >= graph.count(graph_constants)) return "";
@@ -134,16 +163,56 @@ std::optional<LinearGraph> read_linear_graph(const uint8_t* data, size_t size) {
       return std::nullopt;
     }
   }
-  const auto arguments = [&](int field, std::vector<Argument>& to) {
-    for (size_t i = 0; i < graph.count(field); ++i) {
-      const uint32_t id = graph.element(field, i);
-      if (!find(id)) refuse(CRAYON_NATIVE_BAD_PROGRAM, "a graph for XNNPACK names a value that it does not have");
-      to.push_back({id, find(id)->argument});
-    }
-  };
-  arguments(graph_inputs, made.inputs);
-  arguments(graph_outputs, made.outputs);
+  read_arguments(graph, values, graph_inputs, made.inputs);
+  read_arguments(graph, values, graph_outputs, made.outputs);
   if (made.nodes.empty()) return std::nullopt;
+  return made;
+}
+
+std::optional<ElementwiseGraph> read_elementwise_graph(const uint8_t* data, size_t size) {
+  const Table graph = graph_table(data, size);
+  const auto values = read_values(graph);
+  if (values.empty()) return std::nullopt;
+  for (const auto& [id, value] : values) {
+    if (value.datatype != fp32 || value.constant != 0 || value.dims.size() > Shape::most) return std::nullopt;
+  }
+  ElementwiseGraph made;
+  for (size_t i = 0; i < graph.count(graph_nodes); ++i) {
+    const Table entry = graph.element_table(graph_nodes, i);
+    if (entry.field(node_limits)) return std::nullopt;
+    const Table body = entry.table(node);
+    const uint8_t type = entry.byte(node_type);
+    const auto is_this = [&](const Operation& o) { return o.type == type; };
+    const auto unary = std::find_if(std::begin(unary_operations), std::end(unary_operations), is_this);
+    const auto binary = std::find_if(std::begin(binary_operations), std::end(binary_operations), is_this);
+    ElementwiseNode made_node;
+    uint32_t flags = 0;
+    if (unary != std::end(unary_operations)) {
+      made_node.operation = unary->operation;
+      made_node.first = made_node.second = body.number(unary_input);
+      made_node.output = body.number(unary_output);
+      flags = body.number(unary_flags);
+    } else if (binary != std::end(binary_operations)) {
+      made_node.operation = binary->operation;
+      made_node.first = body.number(binary_first);
+      made_node.second = body.number(binary_second);
+      made_node.output = body.number(binary_output);
+      flags = body.number(binary_flags);
+    } else if (type == concatenate_two) {
+      made_node.concatenates = true;
+      made_node.axis = static_cast<int>(body.number(concatenate_axis));
+      made_node.first = body.number(concatenate_first);
+      made_node.second = body.number(concatenate_second);
+      made_node.output = body.number(concatenate_output);
+      flags = body.number(concatenate_flags);
+    } else {
+      return std::nullopt;
+    }
+    if (flags != 0) return std::nullopt;
+    made.nodes.push_back(made_node);
+  }
+  read_arguments(graph, values, graph_inputs, made.inputs);
+  read_arguments(graph, values, graph_outputs, made.outputs);
   return made;
 }
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../src/attention.h"
+#include "../src/elementwise.h"
 #include "../src/instruction_set.h"
 #include "../src/linear.h"
 
@@ -56,6 +57,18 @@ void test_linears(int32_t count, const uint8_t* const* codes, const void* const*
   }
   const crayon::ParallelFor parallel{run_on_threads, &threads, threads};
   for (int i = 0; i < repetitions; ++i) crayon::run_linears(calls.data(), calls.size(), tokens, parallel);
+}
+
+int32_t test_elementwise(int32_t operation, const float* a, const crayon::Shape* a_shape, const float* b,
+                         const crayon::Shape* b_shape, float* out, crayon::Shape* out_shape) {
+  if (!crayon::broadcast_shape(*a_shape, *b_shape, *out_shape)) return 1;
+  crayon::apply_elementwise(static_cast<crayon::Elementwise>(operation), a, *a_shape, b, *b_shape, out, *out_shape);
+  return 0;
+}
+
+void test_concatenate(const float* a, const crayon::Shape* a_shape, const float* b, const crayon::Shape* b_shape,
+                      int32_t axis, float* out) {
+  crayon::concatenate(a, *a_shape, b, *b_shape, axis, out);
 }
 
 int32_t test_use(const char* name) { return crayon::use_instruction_set(name) ? 0 : 5; }
