@@ -87,7 +87,7 @@ class FlatTensorWriter:
         if self._written[index] + len(piece) > self._entries[index].nbytes:
             raise ValueError(f"{self._entries[index].name} has more than its {self._entries[index].nbytes} bytes")
         self._digests[index].update(piece)
-        _write_at(self._fd, piece, len(self._header) + self._offsets[index] + self._written[index])
+        write_at(self._fd, piece, len(self._header) + self._offsets[index] + self._written[index])
         self._written[index] += len(piece)
 
     def finish(self) -> list[str]:
@@ -117,7 +117,7 @@ class FlatTensorWriter:
         offsets = _offsets(sizes)
         if len(head) != len(self._header) or len(sizes) != len(self._entries):
             self._move(list(kept.values()), [len(head) + offset for offset in offsets])
-        _write_at(self._fd, memoryview(head), 0)
+        write_at(self._fd, memoryview(head), 0)
         os.ftruncate(self._fd, len(head) + (offsets[-1] + sizes[-1] if sizes else 0))
         return names
 
@@ -126,12 +126,12 @@ class FlatTensorWriter:
         buffer = memoryview(bytearray(_COPIED))
         end = 0
         for i, place in zip(kept, places, strict=True):
-            _write_at(self._fd, memoryview(bytes(place - end)) if end else memoryview(b""), end)
+            write_at(self._fd, memoryview(bytes(place - end)) if end else memoryview(b""), end)
             start, size = len(self._header) + self._offsets[i], self._entries[i].nbytes
             for done in range(0, size, _COPIED):
                 piece = buffer[: min(_COPIED, size - done)]
                 _read_at(self._fd, piece, start + done)
-                _write_at(self._fd, piece, place + done)
+                write_at(self._fd, piece, place + done)
             end = place + size
 
 
@@ -247,7 +247,8 @@ class _Tables:
         return self._size
 
 
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write bytes at an offset of an open file, whose position stays."""
     while data:
         written = os.pwrite(fd, data, offset)
         data, offset = data[written:], offset + written
