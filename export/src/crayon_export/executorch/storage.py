@@ -17,7 +17,7 @@ from crayon_export.storage import Error, Matrix, in_pieces, scaled
 Floats = npt.NDArray[np.float32]
 
 GROUP_SIZES = (128, 64, 32)
-_PER_ROW = Affine(8, 0)
+PER_ROW = Affine(8, 0)
 
 
 class Stored(NamedTuple):
@@ -65,7 +65,7 @@ class ProgramStorage:
         return self._group_size is not None
 
     def embedding(self, name: str, rows: int, width: int) -> Matrix:
-        return _File(self, name, rows, width, _PER_ROW if self.lossy else None)
+        return _File(self, name, rows, width, PER_ROW if self.lossy else None)
 
     def linear(self, module: str, rows: int, width: int) -> Matrix:
         return _File(self, f"{module}.weight", rows, width, linear_form(width, self._group_size))
@@ -121,7 +121,7 @@ class _File:
 
 
 def _per_row(matrix: Floats) -> Stored:
-    return Stored(*_PER_ROW.quantize(matrix), _PER_ROW)
+    return Stored(*PER_ROW.quantize(matrix), PER_ROW)
 
 
 def _worth(stored: Stored) -> Floats:
