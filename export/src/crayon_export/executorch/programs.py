@@ -99,13 +99,7 @@ def _make(
                 adapter={module: storage.stored_adapter(adapter, module) for module in targets if adapter},
             )
             traced[name] = official.trace(model, name, context_length=spec.context_length)
-    constants = {
-        "get_n_layers": spec.architecture.layers,
-        "get_vocab_size": spec.architecture.vocab_size,
-        "get_tap_size": spec.architecture.hidden_size,
-        "get_eos_ids": spec.tokenizer.eos,
-        **({} if spec.tokenizer.bos is None else {"get_bos_id": spec.tokenizer.bos}),
-    }
+    constants = official.constants(spec.architecture, spec.tokenizer.bos, spec.tokenizer.eos)
     on_stage(f"lowering, about {10 * spec.architecture.layers * len(names)} seconds of one core")
     with quiet():
         lowered = official.lower(traced, constants, context_length=spec.context_length)
