@@ -134,16 +134,21 @@ class SlotTarget(Struct, frozen=True):
     out_features: Features
 
 
-class ExecutorchSlots(Struct, frozen=True):
-    """A program that computes the base with any adapter of a rank, once it has been given the names of the adapter's weights."""
+class ProgramSlots(Struct, frozen=True, kw_only=True):
+    """Where ExecuTorch's program takes an adapter: the same in every layer."""
 
-    program: Annotated[Path, Meta(description="with names that stand for those of A and B; docs/bundle.md says which")]
     rank: Annotated[int, Meta(ge=1, le=MOST_RANK)]
     dtype: Annotated[
         ProgramDtype, Meta(description="that A and B are stored in. int8: one scale for each output channel")
     ]
     layers: Annotated[int, Meta(ge=1, le=4096)]
     targets: Annotated[list[SlotTarget], Meta(min_length=1, max_length=7)]
+
+
+class ExecutorchSlots(ProgramSlots, frozen=True, kw_only=True):
+    """A program that computes the base with any adapter that fits, once it has been given the names of the adapter's weights."""
+
+    program: Annotated[Path, Meta(description="with names that stand for those of A and B; docs/bundle.md says which")]
 
 
 class ExecutorchVariant(Struct, frozen=True, omit_defaults=True):

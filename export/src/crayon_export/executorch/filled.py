@@ -71,6 +71,7 @@ class Filling:
         slots = self.slots
         if slots is None:
             return ExecutorchVariant("model.pte", ["model.ptd"])
+        assert isinstance(slots.slots, ExecutorchSlots)
         assert slots.program is not None
         writer.add_bytes(slots.slots.program, slots.program)
         return ExecutorchVariant("model.pte", ["model.ptd"], slots.slots)

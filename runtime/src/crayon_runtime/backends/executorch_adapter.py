@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from crayon_runtime.backends.onnx_adapter import Tensor
-    from crayon_runtime.manifest import ExecutorchSlots
+    from crayon_runtime.manifest import ProgramSlots
 
     Floats = npt.NDArray[np.float32]
 
@@ -40,7 +40,7 @@ _TOGETHER = (
 """The layers of a block, those together that read one input: XNNPACK computes them in one piece, and so the exporter orders them."""
 
 
-def slot_shapes(slots: ExecutorchSlots) -> Iterator[tuple[str, tuple[int, int]]]:
+def slot_shapes(slots: ProgramSlots) -> Iterator[tuple[str, tuple[int, int]]]:
     """The order of the slots: `MODULE.lora_A.weight` with [rank, in] of all layers that read one input, then `MODULE.lora_B.weight` with
     [out, rank] of the same."""
     targets = {target.name: target for target in slots.targets}
@@ -55,7 +55,12 @@ def slot_shapes(slots: ExecutorchSlots) -> Iterator[tuple[str, tuple[int, int]]]
             yield from ((module + _B, (target.out_features, slots.rank)) for module, target in used)
 
 
-def stand_ins(slots: ExecutorchSlots) -> list[str]:
+def nbytes(slots: ProgramSlots) -> int:
+    """Bytes of the weights of an adapter."""
+    return sum(entry.nbytes for _, shape in slot_shapes(slots) for entry in _entries(shape, slots))
+
+
+def stand_ins(slots: ProgramSlots) -> list[str]:
     """What the weights of the slots are called in the program that comes with the base, in the order of `write_executorch_adapter`."""
     names = []
     for name, _ in slot_shapes(slots):
@@ -64,7 +69,7 @@ def stand_ins(slots: ExecutorchSlots) -> list[str]:
     return names
 
 
-def program_for(program: bytes, slots: ExecutorchSlots, names: Sequence[str]) -> bytes:
+def program_for(program: bytes, slots: ProgramSlots, names: Sequence[str]) -> bytes:
     """The program with slots of a base, for the adapter whose weights have these names.
 
     Raises:
@@ -79,7 +84,7 @@ def program_for(program: bytes, slots: ExecutorchSlots, names: Sequence[str]) ->
     return patch(program, dict(zip(stands, names, strict=True)))
 
 
-def check_fit(tensors: Mapping[str, Tensor], slots: ExecutorchSlots) -> None:
+def check_fit(tensors: Mapping[str, Tensor], slots: ProgramSlots) -> None:
     """Refuse an adapter that has no place in the slots.
 
     Args:
@@ -109,7 +114,7 @@ def check_fit(tensors: Mapping[str, Tensor], slots: ExecutorchSlots) -> None:
             )
 
 
-def write_executorch_adapter(file: BinaryIO, tensors: Mapping[str, Tensor], slots: ExecutorchSlots) -> list[str]:
+def write_executorch_adapter(file: BinaryIO, tensors: Mapping[str, Tensor], slots: ProgramSlots) -> list[str]:
     """Write the weights of an adapter as a `.ptd`.
 
     Args:
@@ -157,14 +162,14 @@ def write_executorch_adapter(file: BinaryIO, tensors: Mapping[str, Tensor], slot
     return writer.finish()
 
 
-def _entries(shape: tuple[int, int], slots: ExecutorchSlots) -> list[Entry]:
+def _entries(shape: tuple[int, int], slots: ProgramSlots) -> list[Entry]:
     rows, width = shape
     if slots.dtype == "fp32":
         return [Entry(BY_HASH, 4 * rows * width)]
     return [Entry(BY_HASH, rows * width), Entry(f"scale_{BY_HASH}", 4 * rows)]
 
 
-def _stored(matrix: Floats, slots: ExecutorchSlots) -> list[npt.NDArray[Any]]:
+def _stored(matrix: Floats, slots: ProgramSlots) -> list[npt.NDArray[Any]]:
     if slots.dtype == "fp32":
         return [matrix]
     codes, scales = _ROWS.quantize(matrix)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
@@ -35,8 +36,10 @@ BY_HASH = "{sha256}"
 FLOAT32, INT8 = 6, 1
 """ExecuTorch's numbers for types."""
 
+_NUMBER = re.compile(rb"0{48}[0-9a-f]{16}")
+"""An entry's, in hexadecimal, where the SHA-256 of its bytes will be."""
+
 _HEADER = struct.Struct("<4sIQQQQ8x")
-_NO_HASH = "0" * 64
 _COPIED = 1 << 22
 
 
@@ -113,9 +116,11 @@ class FlatTensorWriter:
             named.setdefault(name, (name, i, self._entries[i].layout))
         segments = {sha256: number for number, sha256 in enumerate(kept)}
         sizes = [self._entries[i].nbytes for i in kept.values()]
-        head = _head(sizes, [(name, segments[hashes[i]], layout) for name, i, layout in named.values()])
         offsets = _offsets(sizes)
-        if len(head) != len(self._header) or len(sizes) != len(self._entries):
+        if len(sizes) == len(self._entries):
+            head = _NUMBER.sub(lambda match: hashes[int(match[0], 16)].encode(), self._header)
+        else:
+            head = _head(sizes, [(name, segments[hashes[i]], layout) for name, i, layout in named.values()])
             self._move(list(kept.values()), [len(head) + offset for offset in offsets])
         write_at(self._fd, memoryview(head), 0)
         os.ftruncate(self._fd, len(head) + (offsets[-1] + sizes[-1] if sizes else 0))

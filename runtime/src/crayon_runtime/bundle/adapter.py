@@ -27,9 +27,9 @@ from crayon_runtime.manifest import (
     AdapterVariants,
     BlendedFrom,
     ExecutorchAdapterVariant,
-    ExecutorchSlots,
     File,
     OnnxAdapterVariant,
+    ProgramSlots,
     SlotWeights,
     to_json,
 )
@@ -46,7 +46,7 @@ _A = ".lora_A.weight"
 class Slots(NamedTuple):
     """What an adapter for ExecuTorch is made for."""
 
-    slots: ExecutorchSlots
+    slots: ProgramSlots
     program: bytes | None = None
     """That of the slots, to be written with the adapter's weights in their place, for runtimes other than this one. None: none is."""
 
@@ -103,7 +103,7 @@ def write_adapter_archive(
     name: str,
     base_fingerprint: str,
     dtype: AdapterDtype | None = "fp32",
-    executorch: ExecutorchSlots | None = None,
+    executorch: ProgramSlots | None = None,
     pool: BlendedFrom | None = None,
     prototypes: Prototypes | None = None,
     sign: Callable[[bytes], bytes] | None = None,
