@@ -266,7 +266,7 @@ def write_template(path: Path, template: Template) -> None:
     }
     index = _Index(format=_FORMAT, sha256="", spec=template.spec, programs=members)
     index = msgspec.structs.replace(index, sha256=_digest(index))
-    contents = {_INDEX: msgspec.json.encode(index), **{name: p.code for name, p in template.programs.items()}}
+    contents: dict[str, bytes] = {_INDEX: msgspec.json.encode(index), **{name: p.code for name, p in template.programs.items()}}
     with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, content in contents.items():
             info = zipfile.ZipInfo(name, _EPOCH)
