@@ -22,9 +22,9 @@ from crayon_export.executorch.quiet import quiet
 from crayon_export.executorch.storage import linear_form
 from crayon_export.exporter import export
 from crayon_export.plan import plan
-from crayon_export.quantize import Affine, bfloat16
 from crayon_export.tensorfile import read_safetensors
 from crayon_runtime import golden
+from crayon_runtime.affine import Affine, bfloat16
 from crayon_runtime.bundle import Bundle, BundleWriter
 from crayon_runtime.errors import AdapterError, BackendError, InvalidInput, MissingExtra
 from crayon_runtime.manifest import OnnxAdapterVariant, Variants

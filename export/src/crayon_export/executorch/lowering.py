@@ -38,7 +38,7 @@ from crayon_export.executorch.template import (
     Template,
     TemplateSpec,
 )
-from crayon_export.quantize import Affine
+from crayon_runtime.affine import Affine
 
 _Array = npt.NDArray[Any]
 

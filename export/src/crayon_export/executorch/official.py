@@ -53,7 +53,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from crayon_export import architecture as arch
 from crayon_export.executorch.storage import Floats, Stored
-from crayon_export.quantize import Affine, Codes
+from crayon_runtime.affine import Affine, Codes
 from crayon_runtime.manifest import Architecture
 
 BASE = "model"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from crayon_export.executorch.quiet import quiet
 from crayon_export.executorch.storage import ProgramStorage
 from crayon_export.lora import PeftAdapter
+from crayon_runtime.bundle import BundleWriter
 from crayon_runtime.errors import BackendError, MissingExtra
-from crayon_runtime.manifest import Architecture, Tokenizer
+from crayon_runtime.manifest import Architecture, ExecutorchVariant, ProgramDtype, Tokenizer
 
 
 class ProgramSpec(NamedTuple):
@@ -107,3 +109,43 @@ def _make(
         for name, (program, data) in zip(names, files, strict=True):
             lowered.write(name, program, data)
     return files
+
+
+class Official:
+    """A model whose programs ExecuTorch's exporter makes of the weights themselves.
+
+    Args:
+        adapters: each becomes a program that computes the base and this adapter.
+        scratch: for the weights, and for the programs before they are copied.
+        group_size, pool: see `ProgramStorage`.
+        on_stage: told what comes next.
+    """
+
+    def __init__(
+        self,
+        spec: ProgramSpec,
+        adapters: Sequence[PeftAdapter],
+        scratch: Path,
+        *,
+        group_size: int | None,
+        pool: ThreadPoolExecutor,
+        on_stage: Callable[[str], None],
+    ) -> None:
+        self.storage = ProgramStorage(scratch, group_size=group_size, pool=pool)
+        self.dtype: ProgramDtype = "int8" if group_size else "fp32"
+        self._spec, self._adapters, self._scratch, self._on_stage = spec, adapters, scratch, on_stage
+        self._made: list[ProgramFiles] = []
+
+    def finish(self, architecture: Architecture) -> None:
+        """After all weights."""
+        assert architecture == self._spec.architecture
+        self._made = make_programs(self.storage, self._adapters, self._spec, self._scratch, self._on_stage)
+
+    def add_to(self, writer: BundleWriter) -> ExecutorchVariant:
+        """Add the base's program to a bundle."""
+        writer.add_file("model.pte", self._made[0].program)
+        writer.add_file("model.ptd", self._made[0].data)
+        return ExecutorchVariant("model.pte", ["model.ptd"])
+
+    def files(self, adapter: PeftAdapter) -> ProgramFiles:
+        return self._made[1 + self._adapters.index(adapter)]
