@@ -22,8 +22,8 @@ from executorch.exir.schema import Buffer
 
 from crayon_export import architecture as arch
 from crayon_export.executorch import official
-from crayon_export.executorch.official import Emitted
 from crayon_export.executorch import quick as shortcuts
+from crayon_export.executorch.official import Emitted
 from crayon_export.executorch.quick import Absent, StandIn
 from crayon_export.executorch.storage import PER_ROW, Stored, linear_form
 from crayon_export.executorch.template import (

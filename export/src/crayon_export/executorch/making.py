@@ -77,7 +77,9 @@ def make_in_process(spec: TemplateSpec, path: Path, on_stage: Callable[[str], No
             return
         if failure:
             kind, _, what = failure.partition(": ")
-            raise (OutputError if kind == "OutputError" else BackendError)(what, where=path if kind == "OutputError" else None)
+            raise (OutputError if kind == "OutputError" else BackendError)(
+                what, where=path if kind == "OutputError" else None
+            )
         said.seek(0)
         last = said.read()[-500:].decode(errors="replace").strip()
         killed = f"it was ended by signal {-process.returncode}" if process.returncode < 0 else last
