@@ -1,4 +1,4 @@
-"""The exporter's verbs: `crayon export`, `crayon adapter convert`, `crayon estimate`."""
+"""The exporter's verbs: `crayon export`, `crayon adapter convert`, `crayon template`, `crayon estimate`."""
 
 from __future__ import annotations
 
@@ -105,6 +105,64 @@ def convert(peft_dir: Path, bundle: Path, out: Path, force: bool, as_json: bool)
     else:
         ranks = sorted({t.rank for t in manifest.targets})
         print_text(f"{manifest.name}: {len(manifest.targets)} layers, rank {', '.join(map(str, ranks))}\n{done.path}")
+
+
+@click.group()
+def template() -> None:
+    """Programs for ExecuTorch without their weights, which take minutes to make: see them, take them to other computers."""
+
+
+@template.command("list")
+@json_option
+def list_(as_json: bool) -> None:
+    """List the templates on this computer: those that come with the package, and those in your cache."""
+    from crayon_export.executorch import templates
+
+    found = templates.list_templates()
+    if as_json:
+        print_json({"templates": [x.to_dict() for x in found]})
+    else:
+        print_text("\n".join(x.to_text() for x in found) or "there are no templates")
+
+
+@template.command("export")
+@click.argument("source", metavar="KEY_OR_MODEL")
+@click.argument("file", type=_FOLDER)
+@click.option("--quantize", type=click.Choice(["int4", "none"]), default="int4", show_default=True)
+@click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 or 128.  [default: 32]")
+@click.option("--context-length", type=int, help="As for `crayon export`.")
+@click.option("--kv-dtype", type=click.Choice(["fp32", "int8"]), default="fp32", show_default=True)
+@click.option("--adapter-slots/--no-adapter-slots", default=True, help="Whether adapters can be attached.")
+@click.option("--slot-rank", type=click.IntRange(min=1), help="Of the slots.  [default: 16]")
+@click.option(
+    "--slot-target", "slot_targets", multiple=True, type=click.Choice(LINEARS), help="As for `crayon export`."
+)
+@click.option("--tap-layer", type=int, help="Hidden state to return beside the logits.  [default: the last]")
+@click.option("--tokenizer", type=_FOLDER, help="A tokenizer.json, tokenizer.model or folder, if not the model's own.")
+@json_option
+def export_template(source: str, file: Path, as_json: bool, **options: Any) -> None:
+    """Write a template to FILE: by the beginning of its key, or the one that exports of a model need, made if it has to be."""
+    from crayon_export.executorch import templates
+
+    written = templates.export_template(source, file, on_stage=_stage, **options)
+    if as_json:
+        print_json({"file": str(file), "key": written.key})
+    else:
+        print_text(f"{written.key}\n{file}")
+
+
+@template.command("import")
+@click.argument("file", type=_FOLDER)
+@json_option
+def import_(file: Path, as_json: bool) -> None:
+    """Put a template from elsewhere into your cache."""
+    from crayon_export.executorch import templates
+
+    spec = templates.import_template(file)
+    if as_json:
+        print_json({"key": spec.key})
+    else:
+        print_text(spec.key)
 
 
 @click.command()

@@ -19,8 +19,7 @@ from crayon_export.adapters import check_base, write_adapter, write_official
 from crayon_export.checkpoint import Fingerprint
 from crayon_export.executorch.filled import Filling
 from crayon_export.executorch.programs import Official, ProgramSpec, check_installed
-from crayon_export.executorch.template import TemplateSpec
-from crayon_export.executorch.templates import template_for
+from crayon_export.executorch.templates import spec_of, template_for
 from crayon_export.golden import Recorded, Recording, golden_files, tolerance
 from crayon_export.onnx.genai import genai_config
 from crayon_export.onnx.graph import LlamaGraph
@@ -214,16 +213,7 @@ def _program(
         spec = ProgramSpec(p.name, p.architecture, info, p.context_length, p.kv_dtype, p.tap_layer)
         yield Official(spec, p.adapters, scratch, group_size=group_size, pool=pool, on_stage=on_stage)
         return
-    spec_of_template = TemplateSpec.of(
-        p.architecture,
-        info,
-        group_size=group_size,
-        context_length=p.context_length,
-        kv_dtype=p.kv_dtype,
-        tap_layer=p.tap_layer,
-        adapter=p.program_slots,
-    )
-    template = template_for(spec_of_template, on_stage)
+    template = template_for(spec_of(p, info), on_stage)
     with writer.place("model.pte" if p.single_file else "model.ptd") as file:
         yield Filling(template, file, single_file=p.single_file, pool=pool)
 

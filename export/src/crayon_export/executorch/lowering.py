@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from executorch.exir._serialize._cord import Cord, FileBackedData
+import torch
+from executorch.exir._serialize._cord import Cord
 from executorch.exir._serialize._serialize import _extract_external_tensor_layouts
 from executorch.exir.schema import Buffer
 
 from crayon_export import architecture as arch
 from crayon_export.executorch import official
+from crayon_export.executorch import quick as shortcuts
 from crayon_export.executorch.official import Emitted
+from crayon_export.executorch.quick import Absent, StandIn
 from crayon_export.executorch.storage import PER_ROW, Stored, linear_form
 from crayon_export.executorch.template import (
     ROTARY,
@@ -67,7 +71,8 @@ def make_template(
         traced[name] = official.trace(model, name, context_length=spec.context_length)
     on_stage("lowering")
     constants = official.constants(spec.architecture, spec.bos, spec.eos)
-    lowered = official.lower(traced, constants, context_length=spec.context_length)
+    with shortcuts.quick(weights.identify) if quick else nullcontext():
+        lowered = official.lower(traced, constants, context_length=spec.context_length)
     on_stage("taking the weights out")
     programs: dict[ProgramName, Program] = {
         "model": weights.taken_out(lowered, lowered.emitted(official.BASE)),
@@ -83,10 +88,11 @@ class StandIns:
 
     def __init__(self, spec: TemplateSpec) -> None:
         self._made: list[tuple[_Array, Slot]] = []
+        self._by_marks: dict[tuple[Any, ...], tuple[_Array, Slot]] = {}
         a, group_size = spec.architecture, spec.group_size or None
         per_row = PER_ROW if group_size else None
         modules = {linear.module for linear in arch.linears(a)} | {"lm_head"}
-        shapes = {name: shape for name, shape in arch.tensors(a)} | {arch.HEAD: (a.vocab_size, a.hidden_size)}
+        shapes = {**dict(arch.tensors(a)), arch.HEAD: (a.vocab_size, a.hidden_size)}
         self.tensors: dict[str, Stored] = {}
         """As `official.build` takes them."""
         for name, shape in shapes.items():
@@ -123,13 +129,25 @@ class StandIns:
 
     def _register(self, values: _Array, tensor: str, part: Part, form: Form) -> None:
         name = ("scale_" if part == "scales" else "") + hashlib.sha256(f"{tensor} {part}".encode()).hexdigest()
-        self._made.append((values, Slot(name, tensor, part, form, list(values.shape), 1)))
+        made = values, Slot(name, tensor, part, form, list(values.shape), 1)
+        self._made.append(made)
+        self._by_marks[_marks(values)] = made
+
+    def identify(self, tensor: torch.Tensor) -> StandIn | None:
+        """Whether a constant of a program is a stand-in, and which."""
+        found = self._by_marks.get(_marks(tensor.numpy()))
+        return None if found is None else StandIn(found[1], lambda: _packed_name(*found))
 
     def taken_out(self, lowered: official.Programs, program: Emitted, *, with_adapter: bool = False) -> Program:
         """A program without the stand-ins."""
         emitted, named = program
-        by_name = {_packed_name(values, slot): slot for values, slot in self._made}
-        by_bytes = {hashlib.sha256(values).hexdigest(): slot for values, slot in self._made}
+        by_name = {slot.name: slot for _, slot in self._made}
+        keys = {key for entries in (named.pte_data, *named.external_data.values()) for key in entries}
+        renamed: dict[str, str] = {}
+        if not keys <= by_name.keys():
+            renamed = {_packed_name(values, slot): slot.name for values, slot in self._made}
+            by_name = {packed: by_name[name] for packed, name in renamed.items()}
+        by_bytes = {hashlib.sha256(values.tobytes()).hexdigest(): slot for values, slot in self._made if _is_own(slot)}
         slots: list[Slot] = []
         layouts = _extract_external_tensor_layouts(emitted.program)
         constants = list(emitted.external_constant_buffer)
@@ -144,12 +162,12 @@ class StandIns:
         for buffer in inside:
             found = by_bytes.get(hashlib.sha256(buffer.storage).hexdigest())
             if found is not None:
-                buffer.storage = _Absent(msgspec.structs.replace(found, name=""))
+                buffer.storage = Absent(msgspec.structs.replace(found, name=""))
         buffers = list(named.buffers)
         for entries in (named.pte_data, *named.external_data.values()):
             for key, entry in entries.items():
                 slot = msgspec.structs.replace(by_name[key], alignment=entry.alignment)
-                buffers[entry.buffer_index] = _Absent(slot)
+                buffers[entry.buffer_index] = Absent(slot)
                 if entries is named.pte_data or (slot.in_adapter and not with_adapter):
                     continue
                 slots.append(slot)
@@ -159,39 +177,15 @@ class StandIns:
                 replace(named, buffers=buffers),
             )
         )
-        return _cut(pte, slots, {key: slot.name for key, slot in by_name.items()})
-
-
-class _Absent(FileBackedData):
-    """The bytes of a slot, in the eyes of the exporter, which asks how many there are and compares them with others."""
-
-    def __init__(self, slot: Slot) -> None:
-        self.slot = slot
-
-    def __len__(self) -> int:
-        return self.slot.nbytes
-
-    def __deepcopy__(self, _: object) -> _Absent:
-        return self
-
-    def prefix(self, size: int) -> bytes:
-        return self.sha256()[:size]
-
-    def sha256(self) -> bytes:
-        return hashlib.sha256(f"{self.slot.tensor} {self.slot.part}".encode()).digest()
-
-    def to_bytes(self) -> bytes:
-        raise AssertionError(self.slot)
-
-    def write_to_file(self, outfile: object) -> None:
-        raise AssertionError(self.slot)
+        return _cut(pte, slots, renamed)
 
 
 def _cut(pte: Cord, slots: list[Slot], renamed: Mapping[str, str]) -> Program:
     """A program's file, apart from what is absent."""
-    code, runs, offset = bytearray(), [], 0
+    code, offset = bytearray(), 0
+    runs: list[Run] = []
     for piece in pte._buffers:
-        if isinstance(piece, _Absent):
+        if isinstance(piece, Absent):
             slots.append(msgspec.structs.replace(piece.slot, offset=offset))
         elif piece:
             code += piece
@@ -206,6 +200,16 @@ def _cut(pte: Cord, slots: list[Slot], renamed: Mapping[str, str]) -> Program:
     return Program(final, slots, offset, runs)
 
 
+def _marks(values: _Array) -> tuple[Any, ...]:
+    """What tells a stand-in from others, and from the constants of the exporter."""
+    return values.dtype.str, values.shape, tuple(values.flat[:4])
+
+
+def _is_own(slot: Slot) -> bool:
+    """Whether a program reads it itself, and not XNNPACK for it."""
+    return slot.tensor in (arch.EMBEDDING, arch.FINAL_NORM, *ROTARY) or "layernorm" in slot.tensor
+
+
 def _packed_name(values: _Array, slot: Slot) -> str:
     """The name that XNNPACK gives to a part of a tensor."""
     if slot.form == "int4":
@@ -213,4 +217,4 @@ def _packed_name(values: _Array, slot: Slot) -> str:
         values = unsigned[1::2] << 4 | unsigned[::2]
     elif slot.form == "bf16":
         values = (values.view(np.uint32) >> 16).astype(np.uint16)
-    return ("scale_" if slot.part == "scales" else "") + hashlib.sha256(values).hexdigest()
+    return ("scale_" if slot.part == "scales" else "") + hashlib.sha256(values.tobytes()).hexdigest()

@@ -271,6 +271,10 @@ class Programs:
     def single(self) -> Emitted:
         """The base with its weights inside: what the exporter emits where no constant is tagged with a file."""
         base = self._lowered.exported_program(BASE)
+        # The first emission has left out the outputs that are written into buffers; any others do in their places, to be left out again.
+        output = base.graph.output_node()
+        left_out = len(base.graph_signature.output_specs) - len(output.args[0])
+        output.args = ((output.args[0][0],) * left_out + tuple(output.args[0]),)
         tagged = [node for node in base.graph.nodes if "constant_tag" in node.meta]
         tags = [(node, node.meta.pop("constant_tag"), node.meta["spec"].extra_tensor_info) for node in tagged]
         for node in tagged:

@@ -145,9 +145,18 @@ class TemplateSpec(Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> str:
-        """What tells templates apart: 32 hexadecimal digits."""
-        document = msgspec.json.encode([_FORMAT, msgspec.to_builtins(self)], order="sorted")
-        return hashlib.sha256(document).hexdigest()[:32]
+        """What tells templates apart: 32 hexadecimal digits, and where there are slots what they are."""
+        document = msgspec.json.encode([_FORMAT, msgspec.to_builtins(self.without_slots)], order="sorted")
+        base = hashlib.sha256(document).hexdigest()[:32]
+        if self.adapter is None:
+            return base
+        targets = "all" if len(self.adapter.targets) == len(LINEARS) else "+".join(self.adapter.targets)
+        return f"{base}-r{self.adapter.rank}-{targets}"
+
+    @property
+    def without_slots(self) -> TemplateSpec:
+        """The same without slots. Its programs are those of a template with slots, but for the one of adapters."""
+        return msgspec.structs.replace(self, adapter=None)
 
 
 class Layout(Struct, frozen=True):
@@ -266,7 +275,10 @@ def write_template(path: Path, template: Template) -> None:
     }
     index = _Index(format=_FORMAT, sha256="", spec=template.spec, programs=members)
     index = msgspec.structs.replace(index, sha256=_digest(index))
-    contents = {_INDEX: msgspec.json.encode(index), **{name: p.code for name, p in template.programs.items()}}
+    contents: dict[str, bytes] = {
+        _INDEX: msgspec.json.encode(index),
+        **{name: p.code for name, p in template.programs.items()},
+    }
     with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, content in contents.items():
             info = zipfile.ZipInfo(name, _EPOCH)
