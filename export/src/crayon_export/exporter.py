@@ -215,7 +215,7 @@ def _program(
         return
     template = template_for(spec_of(p, info), on_stage)
     with writer.place("model.pte" if p.single_file else "model.ptd") as file:
-        yield Filling(template, file, single_file=p.single_file, pool=pool)
+        yield Filling(template, file, with_slots=p.program_slots is not None, single_file=p.single_file, pool=pool)
 
 
 def _add_adapters(
