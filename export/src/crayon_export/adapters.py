@@ -101,6 +101,7 @@ def write_official(
     check_base(adapter, base_fingerprint)
     variants = AdapterVariants(executorch=ExecutorchAdapterVariant(["adapter.ptd"], dtype, "adapter.pte"))
     with BundleWriter(out) as writer:
+        assert made.data is not None, "a program in a single file takes no adapters"
         writer.add_file("adapter.pte", made.program)
         writer.add_file("adapter.ptd", made.data)
         if onnx:

@@ -210,12 +210,12 @@ def _program(
     """ExecuTorch's program, while its weights are written."""
     group_size = p.blockwise.group_size if p.blockwise else None
     if p.official:
-        spec = ProgramSpec(p.name, p.architecture, info, p.context_length, p.kv_dtype, p.tap_layer)
+        spec = ProgramSpec(p.name, p.architecture, info, p.context_length, p.kv_dtype, p.tap_layer, p.single_file)
         yield Official(spec, p.adapters, scratch, group_size=group_size, pool=pool, on_stage=on_stage)
         return
     template = template_for(spec_of(p, info), on_stage)
     with writer.place("model.pte" if p.single_file else "model.ptd") as file:
-        yield Filling(template, file, single_file=p.single_file, pool=pool)
+        yield Filling(template, file, with_slots=p.program_slots is not None, single_file=p.single_file, pool=pool)
 
 
 def _add_adapters(

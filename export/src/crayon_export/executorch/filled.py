@@ -45,10 +45,20 @@ class Filling:
 
     Args:
         file: the model's data, or with `single_file` its program: empty, open for reading and writing.
+        with_slots: whether the bundle gets a program with those that the template has.
     """
 
-    def __init__(self, template: Template, file: BinaryIO, *, single_file: bool, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        template: Template,
+        file: BinaryIO,
+        *,
+        with_slots: bool,
+        single_file: bool,
+        pool: ThreadPoolExecutor,
+    ) -> None:
         self._template = template
+        self._with_slots = with_slots
         program = template.programs["single" if single_file else "model"]
         self._single = SingleFile(file, program) if single_file else None
         weights = self._single or FlatTensorWriter(file, entries(program.slots))
@@ -80,7 +90,7 @@ class Filling:
     def slots(self) -> Slots | None:
         """The slots for adapters, after `finish`, with their program."""
         spec = self._template.spec
-        if spec.adapter is None or self._single is not None:
+        if spec.adapter is None or not self._with_slots:
             return None
         targets = [x for x in linears(spec.architecture) if x.layer == 0 and x.name in spec.adapter.targets]
         slots = ExecutorchSlots(

@@ -28,11 +28,14 @@ class ProgramSpec(NamedTuple):
     """"fp32" or "int8"."""
     tap_layer: int
     """Index into transformers' `hidden_states`."""
+    single_file: bool
+    """Whether the base's program holds its weights."""
 
 
 class ProgramFiles(NamedTuple):
     program: Path
-    data: Path
+    data: Path | None
+    """None: the weights are in the program."""
 
 
 def check_installed() -> None:
@@ -105,9 +108,14 @@ def _make(
         lowered = official.lower(traced, constants, context_length=spec.context_length)
     on_stage("writing programs")
     files = [ProgramFiles(folder / f"{name}.pte", folder / f"{name}.ptd") for name in names]
+    if spec.single_file:
+        files = [ProgramFiles(files[0].program, None)]
     with quiet():
         for name, (program, data) in zip(names, files, strict=True):
-            lowered.write(name, program, data)
+            if data is None:
+                lowered.write_single(program)
+            else:
+                lowered.write(name, program, data)
     return files
 
 
@@ -143,8 +151,11 @@ class Official:
 
     def add_to(self, writer: BundleWriter) -> ExecutorchVariant:
         """Add the base's program to a bundle."""
-        writer.add_file("model.pte", self._made[0].program)
-        writer.add_file("model.ptd", self._made[0].data)
+        program, data = self._made[0]
+        writer.add_file("model.pte", program)
+        if data is None:
+            return ExecutorchVariant("model.pte", [])
+        writer.add_file("model.ptd", data)
         return ExecutorchVariant("model.pte", ["model.ptd"])
 
     def files(self, adapter: PeftAdapter) -> ProgramFiles:
