@@ -56,10 +56,23 @@ def make_template(
         quick: False: have the exporter do all of its work, which takes several times as long and comes to the same.
     """
     weights = StandIns(spec)
+    with shortcuts.quick(weights.identify) if quick else nullcontext():
+        lowered = _lowered(spec, weights, on_stage)
+    on_stage("taking the weights out")
+    programs: dict[ProgramName, Program] = {
+        "model": weights.taken_out(lowered, lowered.emitted(official.BASE)),
+        "single": weights.taken_out(lowered, lowered.single()),
+    }
+    if spec.adapter:
+        programs["adapter"] = weights.taken_out(lowered, lowered.emitted(ADAPTER), with_adapter=True)
+    return Template(spec, programs)
+
+
+def _lowered(spec: TemplateSpec, weights: StandIns, on_stage: Callable[[str], None]) -> official.Programs:
     names = [official.BASE, ADAPTER] if spec.adapter else [official.BASE]
     traced = {}
     for name in names:
-        on_stage(f"tracing {'the model' if name == official.BASE else 'the model with an adapter'}")
+        on_stage(f"tracing the model{' with an adapter' if name == ADAPTER else ''}")
         model = official.build(
             spec.architecture,
             weights.tensors,
@@ -71,16 +84,7 @@ def make_template(
         traced[name] = official.trace(model, name, context_length=spec.context_length)
     on_stage("lowering")
     constants = official.constants(spec.architecture, spec.bos, spec.eos)
-    with shortcuts.quick(weights.identify) if quick else nullcontext():
-        lowered = official.lower(traced, constants, context_length=spec.context_length)
-    on_stage("taking the weights out")
-    programs: dict[ProgramName, Program] = {
-        "model": weights.taken_out(lowered, lowered.emitted(official.BASE)),
-        "single": weights.taken_out(lowered, lowered.single()),
-    }
-    if spec.adapter:
-        programs["adapter"] = weights.taken_out(lowered, lowered.emitted(ADAPTER), with_adapter=True)
-    return Template(spec, programs)
+    return official.lower(traced, constants, context_length=spec.context_length)
 
 
 class StandIns:

@@ -78,6 +78,7 @@ def quick(identify: Identify) -> Iterator[None]:
         # All parts would be copied before the first one is compiled. `_Preprocess` copies the one at hand.
         patch.object(XnnpackBackend, "copy_exported_program_for_preprocess", _not_copied),
         patch.object(ExportedProgram, "run_decompositions", _decompositions()),
+        patch.object(torch._library.utils, "is_builtin", _is_remembered),
     ):
         yield
 
@@ -232,8 +233,9 @@ def _decompositions() -> Callable[..., ExportedProgram]:
 
     def run_decompositions(program: ExportedProgram, table: Any = None, *args: Any, **kwargs: Any) -> ExportedProgram:
         if program in made and table is not None:
-            modules = (m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule))
-            if not any(node.target in table for m in modules for node in m.graph.nodes if node.op == "call_function"):
+            modules = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+            targets = {node.target for m in modules for node in m.graph.nodes if node.op == "call_function"}
+            if not any(target in table for target in targets - _INDIVISIBLE):
                 return program
         done: ExportedProgram = run(program, table, *args, **kwargs)
         made.add(done)
@@ -241,6 +243,17 @@ def _decompositions() -> Callable[..., ExportedProgram]:
 
     return run_decompositions
 
+
+def _is_remembered(op: torch._ops.OpOverload) -> bool:
+    """Whether the shape of a result may be remembered for arguments of the same shapes: torch's own operators, and those with which torchao
+    quantizes and dequantizes, each of which it takes apart into a dozen others to find out."""
+    return op.namespace in ("aten", "prim", "prims") or op.name() in _OF_TORCHAO
+
+
+_OF_TORCHAO = {f"torchao::{name}" for name in ("choose_qparams_affine", "quantize_affine", "dequantize_affine")}
+
+_INDIVISIBLE = {torch.ops.aten.sym_size.int}
+"""What tables of decompositions name, and nothing comes of it."""
 
 _WRITTEN_FOR = {
     XnnpackBackend.preprocess: "",
