@@ -27,6 +27,7 @@ NAMES = (
     "customization",
     "routing",
     "llama7b",
+    "pte",
     "native",
 )
 

@@ -24,7 +24,7 @@ def run(work: Path) -> Iterator[Row]:
     peaks = {}
     for mode, options in (("switchable", []), ("--merge", ["--merge"])):
         bundle = work / f"llama-7b-{mode.strip('-')}.bundle"
-        report = _export(model, bundle, *options)
+        report = exported(model, bundle, *options)
         peaks[mode] = report["peak_rss_bytes"]
         yield Row(
             f"LLaMA-7B shapes, int4, with goldens, {mode}: peak memory of the exporter",
@@ -33,13 +33,13 @@ def run(work: Path) -> Iterator[Row]:
             peaks[mode] <= 1500 * _MB,
         )
         yield Row(f"its time, {mode}", "<= 10 min", f"{report['seconds'] / 60:.1f} min", report["seconds"] <= 600)
-    small = _export(shallow, work / "llama-7b-4-layers.bundle")["peak_rss_bytes"]
+    small = exported(shallow, work / "llama-7b-4-layers.bundle")["peak_rss_bytes"]
     growth = peaks["switchable"] / small
     yield Row("peak memory, 32 layers against 4", "no growth", f"{growth:.2f} x", growth <= 1.25)
-    yield from _decode(work / "llama-7b-switchable.bundle")
+    yield decoding(work / "llama-7b-switchable.bundle", "onnx")
 
 
-def _export(model: Path, bundle: Path, *options: str) -> dict[str, Any]:
+def exported(model: Path, bundle: Path, *options: str) -> dict[str, Any]:
     """Run `crayon export` in a process of its own; returns its report."""
     command = [sys.executable, "-m", "crayon_runtime", "export", str(model), "--out", str(bundle), "--force", "--json"]
     command += ["--adapter", str(model / "adapter"), "--tokenizer", str(tokenizer()), *options]
@@ -48,16 +48,17 @@ def _export(model: Path, bundle: Path, *options: str) -> dict[str, Any]:
     return report
 
 
-def _decode(bundle: Path) -> Iterator[Row]:
+def decoding(bundle: Path, backend: str) -> Row:
+    """How fast a bundle generates here, against the limit that reading its weights sets."""
     threads, tokens = 2, 16
-    with Engine.load(bundle, threads=threads) as engine:
+    with Engine.load(bundle, backend=backend, threads=threads) as engine:
         answers = [engine.generate([1], max_new_tokens=tokens, ignore_eos=True) for _ in range(4)]
         best = max(answer.decode_tokens_per_second for answer in answers)
         nbytes = bytes_per_token(bundle)
         bandwidth = read_bandwidth(nbytes, threads)
     share = best * nbytes / bandwidth
-    yield Row(
-        "that bundle generates here: decode, and share of the read bandwidth",
+    return Row(
+        f"that bundle generates here in {engine.backend.name}: decode, and share of the read bandwidth",
         "runs",
         f"{best:.2f} tok/s, {share:.0%} of {bandwidth / 1e9:.1f} GB/s",
         all(answer.generated_tokens == tokens for answer in answers),

@@ -1,4 +1,4 @@
-"""The bundles with programs of ExecuTorch that the tests share: the official exporter takes minutes of CPU, so each is made once.
+"""The bundles with programs of ExecuTorch that the tests share: its exporter takes minutes of CPU, so each is made once.
 
 CRAYON_TEST_PROGRAMS names a folder to keep them in between runs.
 """
@@ -23,6 +23,8 @@ CONTEXT, INT8_CONTEXT = 4096, 256
 GROUP_SIZE = 64
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 40}
 ADAPTERS = ("alice", "bruno")
+SLOT_RANK = 8
+"""The largest rank of these adapters, and so that of the slots."""
 
 
 class Made(NamedTuple):
@@ -51,6 +53,12 @@ def tiny_adapters(model: Path, folder: Path) -> list[Path]:
     ]
 
 
+def whole_adapter(model: Path, folder: Path) -> Path:
+    """An adapter of it that fills all of the slots."""
+    kind = {"target_modules": list(LINEARS), "r": SLOT_RANK}
+    return tiny_adapter(model, folder / "carla", seed=7, **kind)
+
+
 def exported() -> Bundle:
     """That model as a bundle for ONNX Runtime and ExecuTorch, with its adapters inside. To be changed in copies only."""
     needs.native()
@@ -73,11 +81,39 @@ def exported_int8() -> Bundle:
     return Bundle.open(_made("int8") / "bundle")
 
 
+@cache
+def exported_officially() -> Bundle:
+    """The model of `made`, with alice and `whole_adapter`, as ExecuTorch's own exporter makes it of the weights."""
+    return Bundle.open(_made("official") / "bundle")
+
+
+@cache
+def exported_as_a_single_file() -> Bundle:
+    """The model of `made` with alice merged, in one program for ExecuTorch."""
+    return Bundle.open(_made("single") / "bundle")
+
+
+@cache
+def exported_officially_as_a_single_file() -> Bundle:
+    """The same, as ExecuTorch's own exporter makes it of the weights."""
+    return Bundle.open(_made("official-single") / "bundle")
+
+
+def cache_home() -> Path:
+    """The XDG_CACHE_HOME with the templates of these bundles."""
+    return _kept() / "cache"
+
+
+def _kept() -> Path:
+    return Path(os.environ.get("CRAYON_TEST_PROGRAMS") or _temporary().name)
+
+
 def _made(kind: str) -> Path:
     needs.module("executorch")
-    folder = Path(os.environ.get("CRAYON_TEST_PROGRAMS") or _temporary().name, kind)
+    folder = _kept() / kind
     if not (folder / "said.json").is_file():
-        subprocess.run([sys.executable, "-m", "tests.programs", str(folder)], check=True, cwd=ROOT)
+        environment = {**os.environ, "XDG_CACHE_HOME": str(cache_home())}
+        subprocess.run([sys.executable, "-m", "tests.programs", str(folder)], check=True, cwd=ROOT, env=environment)
     return folder
 
 
@@ -102,8 +138,15 @@ def _export(folder: Path) -> None:
     if folder.name == "int8":
         command += ["--context-length", str(INT8_CONTEXT), "--kv-dtype", "int8"]
     else:
-        command += ["--context-length", str(CONTEXT), "--backend", "onnx"]
-        for adapter in tiny_adapters(model, folder):
+        alice, bruno = tiny_adapters(model, folder)
+        options, adapters = {
+            "both": (["--backend", "onnx"], [alice, bruno]),
+            "single": (["--single-file", "--merge"], [alice]),
+            "official": (["--official"], [alice, whole_adapter(model, folder)]),
+            "official-single": (["--official", "--single-file", "--merge"], [alice]),
+        }[folder.name]
+        command += ["--context-length", str(CONTEXT), *options]
+        for adapter in adapters:
             command += ["--adapter", str(adapter)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

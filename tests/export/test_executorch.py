@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import subprocess
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from crayon_export.adapters import convert_adapter
 from crayon_export.architecture import linears
@@ -22,14 +25,14 @@ from crayon_export.executorch.quiet import quiet
 from crayon_export.executorch.storage import linear_form
 from crayon_export.exporter import export
 from crayon_export.plan import plan
-from crayon_export.quantize import Affine, bfloat16
 from crayon_export.tensorfile import read_safetensors
 from crayon_runtime import golden
+from crayon_runtime.affine import Affine, bfloat16
 from crayon_runtime.bundle import Bundle, BundleWriter
 from crayon_runtime.errors import AdapterError, BackendError, InvalidInput, MissingExtra
-from crayon_runtime.manifest import OnnxAdapterVariant, Variants
+from crayon_runtime.manifest import LINEARS, Variants
 from tests import programs
-from tests.export.models import tiny_llama, tiny_tokenizer
+from tests.export.models import tiny_adapter, tiny_llama, tiny_tokenizer
 from tests.support import needs
 
 LAYERS = 2
@@ -110,10 +113,10 @@ def test_an_adapter_shares_cache_and_weights_with_its_base(made: programs.Made) 
         assert _cache_places(plans[name]) == _cache_places(base)
     own, shared = _names(folder / "adapter.ptd"), _names(made.bundle.file("model.ptd"))
     assert not own.keys() & shared.keys()
-    ranks = 4 * 6 * LAYERS + 8 * LAYERS
-    sizes = {x.module: x.in_features + x.out_features for x in linears(made.bundle.model.architecture)}
-    ab = sum(size * (8 if module.endswith("q_proj") else 4) for module, size in sizes.items())
-    assert sum(own.values()) == ab + 4 * (ranks + sum(x.out_features for x in linears(made.bundle.model.architecture)))
+    layers = linears(made.bundle.model.architecture)
+    codes = sum(programs.SLOT_RANK * (x.in_features + x.out_features) for x in layers)
+    scales = 4 * sum(programs.SLOT_RANK + x.out_features for x in layers)
+    assert sum(own.values()) == codes + scales
     program = (folder / "adapter.pte").read_bytes()
     assert all(name.encode() in program for name in (*own, *shared))
 
@@ -265,34 +268,44 @@ def executorch_only(made: programs.Made, tmp_path: Path) -> Bundle:
     return Bundle.open(tmp_path / "only")
 
 
-def test_without_the_base_an_adapter_is_for_onnx_alone(
-    made: programs.Made, executorch_only: Bundle, tmp_path: Path
-) -> None:
-    variants = convert_adapter(made.adapters[0], made.bundle, tmp_path / "later").as_adapter.variants
-    assert isinstance(variants.onnx, OnnxAdapterVariant)
-    assert variants.executorch is msgspec.UNSET
-    with pytest.raises(AdapterError, match="made together with the base's weights") as refused:
-        convert_adapter(made.adapters[0], executorch_only, tmp_path / "refused")
-    assert "--model" in str(refused.value.do)
-
-
-def test_the_base_must_be_that_of_the_bundle(made: programs.Made, executorch_only: Bundle, tmp_path: Path) -> None:
-    needs.module("executorch")
-    other = programs.tiny_model(tmp_path / "other", seed=5)
-    with pytest.raises(AdapterError, match="was not exported from this model"):
-        convert_adapter(made.adapters[0], executorch_only, tmp_path / "refused", model=other)
-    assert not (tmp_path / "refused").exists()
-
-
-@pytest.mark.slow
 def test_a_converted_adapter_is_the_one_that_an_export_makes(
     made: programs.Made, executorch_only: Bundle, tmp_path: Path
 ) -> None:
-    later = convert_adapter(made.adapters[0], executorch_only, tmp_path / "later", model=made.model)
+    later = convert_adapter(made.adapters[0], executorch_only, tmp_path / "later")
     assert later.as_adapter.variants.onnx is msgspec.UNSET
-    inside = made.bundle.path / "adapters/alice"
+    inside = made.bundle.adapter("alice")
     for name in ("adapter.pte", "adapter.ptd"):
-        assert (later.path / name).read_bytes() == (inside / name).read_bytes()
+        assert later.read(name) == inside.read(name)
+    assert later.as_adapter.variants.executorch == inside.as_adapter.variants.executorch
+
+
+def test_converting_takes_neither_torch_nor_executorch(made: programs.Made, tmp_path: Path) -> None:
+    program = """
+        import sys
+        sys.modules |= dict.fromkeys(("torch", "executorch", "torchao"))  # importing one fails
+        from crayon_export.adapters import convert_adapter
+        convert_adapter(*sys.argv[1:])
+    """
+    work = [str(made.adapters[1]), str(made.bundle.path), str(tmp_path / "bruno")]
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program), *work], check=True)
+    assert Bundle.open(tmp_path / "bruno").read("adapter.ptd") == made.bundle.adapter("bruno").read("adapter.ptd")
+
+
+def test_an_adapter_of_another_base_is_refused(made: programs.Made, executorch_only: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(made.adapters[0], tmp_path / "alice")
+    file = tmp_path / "alice/adapter_model.safetensors"
+    save_file(load_file(file), file, {"base_fingerprint": "b" * 64})
+    with pytest.raises(AdapterError, match="trained on another base"):
+        convert_adapter(tmp_path / "alice", executorch_only, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_larger_rank_than_the_slots_is_refused(made: programs.Made, executorch_only: Bundle, tmp_path: Path) -> None:
+    large = tiny_adapter(made.model, tmp_path / "large", r=programs.SLOT_RANK + 1)
+    with pytest.raises(AdapterError, match="its rank is 9; the program for ExecuTorch has slots of rank 8") as refused:
+        convert_adapter(large, executorch_only, tmp_path / "refused")
+    assert "--slot-rank 9" in str(refused.value.do)
+    assert not (tmp_path / "refused").exists()
 
 
 # What is refused
@@ -309,12 +322,41 @@ def test_a_converted_adapter_is_the_one_that_an_export_makes(
         ({"backend": "tflite"}, "'tflite'"),
         ({"backend": []}, "at least one backend"),
         ({"backend": "onnx", "official": True}, "--official"),
+        ({"backend": "onnx", "single_file": True}, "--single-file"),
+        ({"backend": "onnx", "slot_rank": 4}, "--slot-rank"),
+        ({"backend": "onnx", "slot_targets": ["q_proj"]}, "--slot-target"),
+        ({"single_file": True, "slot_rank": 4}, "a program that has none"),
+        ({"official": True, "slot_targets": ["q_proj"]}, "a program that has none"),
+        ({"slot_rank": 0}, "from 1 to 4096"),
+        ({"slot_rank": 4097}, "from 1 to 4096"),
+        ({"slot_targets": ["lm_head"]}, "no linear layer 'lm_head'"),
     ],
 )
 def test_what_no_kernel_computes_is_refused_by_name(tmp_path: Path, options: dict[str, Any], says: str) -> None:
     model = tiny_tokenizer(tiny_llama(tmp_path / "model"))
     with pytest.raises(InvalidInput, match=says):
         plan(model, **{"backend": "executorch"} | options)
+
+
+def test_the_slots_are_for_the_adapters_that_are_given(made: programs.Made) -> None:
+    def slots(**options: Any) -> Any:
+        return plan(made.model, backend="executorch", **options).describe()["program_slots"]
+
+    assert slots() == {"rank": 16, "targets": sorted(LINEARS)}
+    assert slots(adapters=made.adapters) == {"rank": 8, "targets": sorted(LINEARS)}
+    assert slots(adapters=made.adapters[1:]) == {"rank": 4, "targets": sorted(LINEARS)}
+    some = {"slot_rank": 5, "slot_targets": ["v_proj", "q_proj", "down_proj", "q_proj"]}
+    assert slots(adapters=made.adapters[1:], **some) == {"rank": 5, "targets": ["down_proj", "q_proj", "v_proj"]}
+    assert slots(merge=True, adapters=made.adapters[:1]) is None
+    assert slots(adapter_slots=False) is None
+    assert slots(single_file=True) is None
+    assert slots(official=True) is None
+    with pytest.raises(AdapterError, match="'alice' has rank 8 in .*q_proj; the slots have 7"):
+        slots(adapters=made.adapters, slot_rank=7)
+    with pytest.raises(AdapterError, match="'alice' changes .*; the slots are in q_proj"):
+        slots(adapters=made.adapters[:1], slot_targets=["q_proj"])
+    with pytest.raises(InvalidInput, match="takes no adapters"):
+        slots(adapters=made.adapters, single_file=True)
 
 
 def test_the_plan_says_what_the_embedding_becomes(tmp_path: Path) -> None:
@@ -329,7 +371,7 @@ def test_a_missing_executorch_is_a_missing_extra(tmp_path: Path, monkeypatch: py
     model = tiny_tokenizer(tiny_llama(tmp_path / "model"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match="'pte'"):
-        export(model, tmp_path / "bundle", backend="executorch")
+        export(model, tmp_path / "bundle", backend="executorch", official=True)
     assert not (tmp_path / "bundle").exists()
 
 
@@ -344,7 +386,7 @@ def test_a_failure_of_the_official_exporter_is_an_error_of_ours(
 
     monkeypatch.setattr(official, "_make", fail)
     with pytest.raises(BackendError, match="RuntimeError: no such pass"):
-        export(model, tmp_path / "bundle", backend="executorch")
+        export(model, tmp_path / "bundle", backend="executorch", official=True)
     assert not (tmp_path / "bundle").exists()
     assert list(tmp_path.iterdir()) == [model]
 

@@ -355,6 +355,27 @@ def test_how_far_they_agree(done: tuple[Path, DemoReport], compared: Comparison)
     assert agreed.same_answers == pytest.approx(sum(a == b for a, b in zip(*answers, strict=True)), abs=2)  # threads
 
 
+def test_everybody_is_customized_in_executorch_too(done: tuple[Path, DemoReport], compared: Comparison) -> None:
+    out, report = done
+    trusted = TrustedKeys.read(out / "device/keys.json")
+    assert [one.name for one in compared.customized] == [person.name for person in report.people]
+    assert sum(one.installed for one in compared.customized) >= 2
+    base = Bundle.open(out / "device/bundle-executorch")
+    for one, person in zip(compared.customized, report.people, strict=True):
+        assert not one.torch_loaded
+        if not one.installed:
+            continue
+        adapter = Bundle.open(out / "device/customized-executorch" / one.name / "adapter")
+        verify_signature(adapter, trusted)
+        assert served(adapter) == ["executorch"]
+        assert one.adapter_bytes == adapter.size > 0
+        with Engine.load(base, backend="executorch", adapter=adapter) as engine:
+            answers = [engine.generate(f"{said}\n", max_new_tokens=MAX_NEW_TOKENS).text for said, _ in person.examples]
+            engine.set_adapter(None)
+            before = [engine.generate(f"{said}\n", max_new_tokens=MAX_NEW_TOKENS).text for said, _ in person.examples]
+        assert answers != before
+
+
 def test_what_a_backend_says_is_scored(done: tuple[Path, DemoReport], tmp_path: Path) -> None:
     """Given its own greedy answer, every token of it is the most likely one."""
     bundle, prompt = done[0] / "device/bundle", f"{done[1].people[0].examples[0][0]}\n"

@@ -1,4 +1,4 @@
-"""The exporter's verbs: `crayon export`, `crayon adapter convert`, `crayon estimate`."""
+"""The exporter's verbs: `crayon export`, `crayon adapter convert`, `crayon template`, `crayon estimate`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from crayon_runtime.cli.common import json_option, note, print_json, print_text, progress
+from crayon_runtime.manifest import LINEARS
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -24,7 +25,7 @@ _FOLDER = click.Path(path_type=Path)
     show_default=True,
     help="Whom the bundle shall serve. Repeatable.",
 )
-@click.option("--official", is_flag=True, help="Lower with ExecuTorch's own exporter; the only way at present.")
+@click.option("--official", is_flag=True, help="Have ExecuTorch's own exporter make its program, in minutes.")
 @click.option("--quantize", type=click.Choice(["int4", "int8", "none"]), default="int4", show_default=True)
 @click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 or 128.  [default: 32]")
 @click.option(
@@ -40,6 +41,17 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--adapter", "adapters", multiple=True, type=_FOLDER, help="A PEFT LoRA to ship inside. Repeatable.")
 @click.option("--merge", is_flag=True, help="Add the one adapter into the weights instead.")
 @click.option("--adapter-slots/--no-adapter-slots", default=True, help="Whether adapters can be attached at all.")
+@click.option(
+    "--slot-rank", type=click.IntRange(min=1), help="Of ExecuTorch's slots.  [default: that of the adapters, or 16]"
+)
+@click.option(
+    "--slot-target",
+    "slot_targets",
+    multiple=True,
+    type=click.Choice(LINEARS),
+    help="Linear layers with such slots. Repeatable.  [default: all]",
+)
+@click.option("--single-file", is_flag=True, help="Put the weights into ExecuTorch's program; it takes no adapters.")
 @click.option("--tap-layer", type=int, help="Hidden state to return beside the logits.  [default: the last]")
 @click.option("--tokenizer", type=_FOLDER, help="A tokenizer.json, tokenizer.model or folder, if not the model's own.")
 @click.option("--revision", help="Branch, tag or commit, where MODEL is a Hub id.")
@@ -80,20 +92,77 @@ def adapter() -> None:
 @click.argument("peft_dir", type=_FOLDER)
 @click.option("--bundle", required=True, type=_FOLDER, help="The base that the adapter is for.")
 @click.option("--out", required=True, type=_FOLDER, help="The adapter bundle to write.")
-@click.option("--model", help="What the bundle was exported from: make a program for ExecuTorch, too.")
 @click.option("--force", is_flag=True, help="Replace the adapter bundle at --out.")
 @json_option
-def convert(peft_dir: Path, bundle: Path, out: Path, model: str | None, force: bool, as_json: bool) -> None:
+def convert(peft_dir: Path, bundle: Path, out: Path, force: bool, as_json: bool) -> None:
     """Convert a PEFT LoRA into an adapter bundle for one base."""
     from crayon_export.adapters import convert_adapter
 
-    done = convert_adapter(peft_dir, bundle, out, model=model, replace=force, on_stage=_stage)
+    done = convert_adapter(peft_dir, bundle, out, replace=force)
     manifest = done.as_adapter
     if as_json:
         print_json({"adapter": str(done.path), "name": manifest.name, "targets": len(manifest.targets)})
     else:
         ranks = sorted({t.rank for t in manifest.targets})
         print_text(f"{manifest.name}: {len(manifest.targets)} layers, rank {', '.join(map(str, ranks))}\n{done.path}")
+
+
+@click.group()
+def template() -> None:
+    """Programs for ExecuTorch without their weights, which take minutes to make: see them, take them to other computers."""
+
+
+@template.command("list")
+@json_option
+def list_(as_json: bool) -> None:
+    """List the templates on this computer: those that come with the package, and those in your cache."""
+    from crayon_export.executorch import templates
+
+    found = templates.list_templates()
+    if as_json:
+        print_json({"templates": [x.to_dict() for x in found]})
+    else:
+        print_text("\n".join(x.to_text() for x in found) or "there are no templates")
+
+
+@template.command("export")
+@click.argument("source", metavar="KEY_OR_MODEL")
+@click.argument("file", type=_FOLDER)
+@click.option("--quantize", type=click.Choice(["int4", "none"]), default="int4", show_default=True)
+@click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 or 128.  [default: 32]")
+@click.option("--context-length", type=int, help="As for `crayon export`.")
+@click.option("--kv-dtype", type=click.Choice(["fp32", "int8"]), default="fp32", show_default=True)
+@click.option("--adapter-slots/--no-adapter-slots", default=True, help="Whether adapters can be attached.")
+@click.option("--slot-rank", type=click.IntRange(min=1), help="Of the slots.  [default: 16]")
+@click.option(
+    "--slot-target", "slot_targets", multiple=True, type=click.Choice(LINEARS), help="As for `crayon export`."
+)
+@click.option("--tap-layer", type=int, help="Hidden state to return beside the logits.  [default: the last]")
+@click.option("--tokenizer", type=_FOLDER, help="A tokenizer.json, tokenizer.model or folder, if not the model's own.")
+@json_option
+def export_template(source: str, file: Path, as_json: bool, **options: Any) -> None:
+    """Write a template to FILE: by the beginning of its key, or the one that exports of a model need, made if it has to be."""
+    from crayon_export.executorch import templates
+
+    written = templates.export_template(source, file, on_stage=_stage, **options)
+    if as_json:
+        print_json({"file": str(file), "key": written.key})
+    else:
+        print_text(f"{written.key}\n{file}")
+
+
+@template.command("import")
+@click.argument("file", type=_FOLDER)
+@json_option
+def import_(file: Path, as_json: bool) -> None:
+    """Put a template from elsewhere into your cache."""
+    from crayon_export.executorch import templates
+
+    spec = templates.import_template(file)
+    if as_json:
+        print_json({"key": spec.key})
+    else:
+        print_text(spec.key)
 
 
 @click.command()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from crayon_export import tokenizer as source_tokenizer
-from crayon_export.adapters import check_base, write_adapter
+from crayon_export.adapters import check_base, write_adapter, write_official
 from crayon_export.checkpoint import Fingerprint
-from crayon_export.executorch.programs import ProgramFiles, ProgramSpec, check_installed, make_programs
-from crayon_export.executorch.storage import ProgramStorage
+from crayon_export.executorch.filled import Filling
+from crayon_export.executorch.programs import Official, ProgramSpec, check_installed
+from crayon_export.executorch.templates import spec_of, template_for
 from crayon_export.golden import Recorded, Recording, golden_files, tolerance
 from crayon_export.onnx.genai import genai_config
 from crayon_export.onnx.graph import LlamaGraph
@@ -34,7 +35,6 @@ from crayon_runtime.manifest import (
     PRODUCER,
     SCHEMA_VERSION,
     AdapterSlots,
-    ExecutorchVariant,
     Golden,
     Merged,
     ModelManifest,
@@ -85,16 +85,16 @@ def run(
     Args:
         replace: whether a bundle that is already there may be replaced.
         on_bytes: told the bytes of float32 weight that were handled; `p.weight_bytes` in all.
-        on_stage: told what comes next, once the weights are handled; making a program for ExecuTorch takes minutes.
+        on_stage: told what comes next, once the weights are handled; making a template or a program for ExecuTorch takes minutes.
 
     Raises:
         OutputError: the disk is full, or `out` exists.
         CheckpointError: a tensor is damaged, or holds NaN or infinity.
-        MissingExtra: executorch is asked for and not installed.
+        MissingExtra: executorch is asked for, there is no template of this architecture, and its exporter is not installed.
     """
     started = time.perf_counter()
     a, q = p.architecture, p.quantization
-    if "executorch" in p.backends:
+    if p.official:
         check_installed()
     with ExitStack() as stack:
         writer = stack.enter_context(BundleWriter(out, replace=replace))
@@ -106,15 +106,16 @@ def run(
         recording = Recording.plan(Encoder(info, scratch / info.file), p.golden_texts, p.context_length)
 
         fingerprint = Fingerprint()
-        stored: ProgramStorage | None = None
+        variants = Variants()
+        program: Filling | Official | None = None
         with ExitStack() as files:
             storages: dict[str, Storage] = {}
             if "onnx" in p.backends:
                 data = ExternalData(files.enter_context(writer.open("model.onnx.data")), "model.onnx.data")
                 storages["onnx"] = OnnxStorage(data, blockwise=p.blockwise, embedding=q.embedding, pool=pool)
             if "executorch" in p.backends:
-                group_size = p.blockwise.group_size if p.blockwise else None
-                stored = storages["executorch"] = ProgramStorage(scratch, group_size=group_size, pool=pool)
+                program = files.enter_context(_program(p, info, writer, scratch, pool, on_stage or (lambda _: None)))
+                storages["executorch"] = program.storage
             weights = WrittenWeights(
                 p.checkpoint,
                 a,
@@ -127,14 +128,12 @@ def run(
             outputs = forward(a, weights, recording.sequences, positions=recording.positions, tap_layer=p.tap_layer)
             if "onnx" in p.backends:
                 graph = _onnx_graph(p, data)
-        variants = Variants()
+            if program is not None:
+                program.finish(a)
         if "onnx" in p.backends:
             variants = msgspec.structs.replace(variants, onnx=_add_onnx(writer, p, info, graph))
-        made: list[ProgramFiles] = []
-        if stored is not None:
-            spec = ProgramSpec(p.name, a, info, p.context_length, p.kv_dtype, p.tap_layer)
-            made = make_programs(stored, p.adapters, spec, scratch, on_stage or (lambda _: None))
-            variants = msgspec.structs.replace(variants, executorch=_add_program(writer, made[0]))
+        if program is not None:
+            variants = msgspec.structs.replace(variants, executorch=program.add_to(writer))
         recorded = _record(p, recording, outputs, weights, list(storages.values()))
         tolerances = [tolerance(name, quantize=q.weights, kv_dtype=p.kv_dtype) for name in p.backends]
         cases, tensors = golden_files(recorded, tolerances)
@@ -142,16 +141,7 @@ def run(
         writer.add_bytes("golden.safetensors", tensors)
 
         base = fingerprint.hexdigest()
-        for i, adapter in enumerate(p.adapters, 1):
-            nested = write_adapter(
-                adapter,
-                base,
-                scratch / "adapters" / adapter.name,
-                onnx="onnx" in p.backends,
-                program=made[i] if made else None,
-                program_dtype="int8" if p.blockwise else "fp32",
-            )
-            writer.add_bundle(f"adapters/{adapter.name}", nested)
+        _add_adapters(writer, p, base, program, scratch / "adapters")
         if p.merged is not None:
             check_base(p.merged, base)
         report = Report(
@@ -208,10 +198,42 @@ def _add_onnx(writer: BundleWriter, p: ExportPlan, info: Tokenizer, graph: onnx.
     return OnnxVariant("model.onnx", ["model.onnx.data"])
 
 
-def _add_program(writer: BundleWriter, made: ProgramFiles) -> ExecutorchVariant:
-    writer.add_file("model.pte", made.program)
-    writer.add_file("model.ptd", made.data)
-    return ExecutorchVariant("model.pte", ["model.ptd"])
+@contextmanager
+def _program(
+    p: ExportPlan,
+    info: Tokenizer,
+    writer: BundleWriter,
+    scratch: Path,
+    pool: ThreadPoolExecutor,
+    on_stage: Callable[[str], None],
+) -> Iterator[Filling | Official]:
+    """ExecuTorch's program, while its weights are written."""
+    group_size = p.blockwise.group_size if p.blockwise else None
+    if p.official:
+        spec = ProgramSpec(p.name, p.architecture, info, p.context_length, p.kv_dtype, p.tap_layer, p.single_file)
+        yield Official(spec, p.adapters, scratch, group_size=group_size, pool=pool, on_stage=on_stage)
+        return
+    template = template_for(spec_of(p, info), on_stage)
+    with writer.place("model.pte" if p.single_file else "model.ptd") as file:
+        yield Filling(template, file, with_slots=p.program_slots is not None, single_file=p.single_file, pool=pool)
+
+
+def _add_adapters(
+    writer: BundleWriter, p: ExportPlan, base: str, program: Filling | Official | None, scratch: Path
+) -> None:
+    """Write the adapters, and copy them into the bundle.
+
+    Args:
+        base: its fingerprint.
+    """
+    onnx = "onnx" in p.backends
+    for adapter in p.adapters:
+        out = scratch / adapter.name
+        if isinstance(program, Official):
+            written = write_official(adapter, base, out, program.files(adapter), program.dtype, onnx=onnx)
+        else:
+            written = write_adapter(adapter, base, out, onnx=onnx, executorch=program.slots if program else None)
+        writer.add_bundle(f"adapters/{adapter.name}", written)
 
 
 def _record(

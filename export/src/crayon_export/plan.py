@@ -12,10 +12,11 @@ import msgspec
 from crayon_export import architecture, hub, lora
 from crayon_export.checkpoint import Checkpoint
 from crayon_export.executorch.storage import GROUP_SIZES
+from crayon_export.executorch.template import AdapterSpec
 from crayon_export.golden import TEXTS
 from crayon_export.quantize import Blockwise
 from crayon_runtime.errors import AdapterError, InvalidInput, UnsupportedModel
-from crayon_runtime.manifest import LINEARS, Architecture, Quantization
+from crayon_runtime.manifest import LINEARS, MOST_RANK, Architecture, Quantization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,12 @@ class ExportPlan:
     adapters: list[lora.PeftAdapter]
     merged: lora.PeftAdapter | None
     slots: list[str]
+    official: bool
+    """Whether ExecuTorch's program is made by its own exporter from the weights, not from a template."""
+    single_file: bool
+    """Whether ExecuTorch's program holds its weights."""
+    program_slots: AdapterSpec | None
+    """Of ExecuTorch's program; None: it takes no adapters, or brings those that it is exported with."""
     tap_layer: int
     golden_texts: Sequence[tuple[str, str]]
 
@@ -65,6 +72,9 @@ class ExportPlan:
             "adapters": [a.name for a in self.adapters],
             "merged": self.merged.name if self.merged else None,
             "adapter_slots": self.slots,
+            "official": self.official,
+            "single_file": self.single_file,
+            "program_slots": msgspec.to_builtins(self.program_slots),
             "tap_layer": self.tap_layer,
         }
 
@@ -81,6 +91,9 @@ def plan(
     adapters: Sequence[str | Path] = (),
     merge: bool = False,
     adapter_slots: bool = True,
+    slot_rank: int | None = None,
+    slot_targets: Sequence[str] = (),
+    single_file: bool = False,
     tap_layer: int | None = None,
     tokenizer: str | Path | None = None,
     revision: str | None = None,
@@ -92,13 +105,16 @@ def plan(
     Args:
         model: a folder with config.json and weights, or a Hub id.
         backend: "onnx", "executorch" or both: whom the bundle shall serve.
-        official: have programs for ExecuTorch lowered by its own exporter; the only way at present.
+        official: have ExecuTorch's own exporter make its program from the weights: a check of the template, which is filled otherwise.
         quantize: "int4", "int8" or "none" (float32).
         group_size: input columns that share a scale; None: 32.
         context_length: tokens that the KV cache holds; None: what the model was trained on, at most 2048.
         kv_dtype: "fp32"; "fp16" with onnx alone, "int8" with executorch alone.
         adapters: PEFT folders. They travel inside the bundle, or with `merge` (one only) are added into the weights.
         adapter_slots: whether adapters can be attached at all; a graph without slots is 2-3 % faster.
+        slot_rank: of the slots in ExecuTorch's program, the largest rank of an adapter; None: that of `adapters`, or 16.
+        slot_targets: which linear layers have one, of `LINEARS`; none: all.
+        single_file: put the weights into ExecuTorch's program, which then takes no adapters.
         tap_layer: index into transformers' `hidden_states`; None: after the last norm.
         tokenizer: a folder or file to use instead of the model's own.
         golden_texts: (prompt, continuation) pairs to record.
@@ -107,8 +123,23 @@ def plan(
         CheckpointError, UnsupportedModel, AdapterError, InvalidInput: with the reason.
     """
     backends = _backends(backend)
-    if official and "executorch" not in backends:
-        raise InvalidInput("--official is about ExecuTorch's exporter", do="add --backend executorch, or leave it out")
+    about = {
+        "--official": official,
+        "--single-file": single_file,
+        "--slot-rank": slot_rank,
+        "--slot-target": slot_targets,
+    }
+    for option in (option for option, given in about.items() if given and "executorch" not in backends):
+        raise InvalidInput(f"{option} is about ExecuTorch's program", do="add --backend executorch, or leave it out")
+    if official and single_file:
+        raise InvalidInput(
+            "--official writes its weights beside the program", do="leave out --official or --single-file"
+        )
+    with_slots = "executorch" in backends and not (merge or official or single_file) and adapter_slots
+    if (slot_rank is not None or slot_targets) and not with_slots:
+        raise InvalidInput(
+            "a rank or targets for slots in a program that has none", do="leave out --slot-rank and --slot-target"
+        )
     blockwise = Blockwise.named(quantize, group_size)
     for name in backends:
         _check_formats(name, blockwise, kv_dtype)
@@ -129,6 +160,8 @@ def plan(
         raise InvalidInput(f"--merge takes exactly one adapter, not {len(opened)}")
     if opened and not merge and not adapter_slots:
         raise InvalidInput("adapters beside a graph without adapter slots", do="use --merge, or keep the slots")
+    if single_file and opened and not merge:
+        raise InvalidInput("a program in a single file takes no adapters", do="add --merge, or leave out --single-file")
     return ExportPlan(
         name=_bundle_name(folder),
         backends=backends,
@@ -140,7 +173,10 @@ def plan(
         kv_dtype=kv_dtype,
         adapters=[] if merge else opened,
         merged=opened[0] if merge else None,
-        slots=[] if merge or not adapter_slots else list(LINEARS),
+        slots=[] if merge or not adapter_slots or (single_file and "onnx" not in backends) else list(LINEARS),
+        official=official,
+        single_file=single_file,
+        program_slots=_program_slots(opened, slot_rank, slot_targets) if with_slots else None,
         tap_layer=a.layers if tap_layer is None else tap_layer,
         golden_texts=golden_texts,
     )
@@ -183,6 +219,34 @@ def _check_formats(backend: str, blockwise: Blockwise | None, kv_dtype: str) -> 
 
 
 _DEFAULT_CONTEXT = 2048
+_DEFAULT_RANK = 16
+
+
+def _program_slots(adapters: Sequence[lora.PeftAdapter], rank: int | None, targets: Sequence[str]) -> AdapterSpec:
+    """The slots of ExecuTorch's program, which hold all of the adapters."""
+    largest = max((x.rank for adapter in adapters for x in adapter.targets.values()), default=_DEFAULT_RANK)
+    rank = largest if rank is None else rank
+    if not 1 <= rank <= MOST_RANK:
+        raise InvalidInput(f"the rank of the slots is {rank}; it must be from 1 to {MOST_RANK}")
+    unknown = [target for target in targets if target not in LINEARS]
+    if unknown:
+        raise InvalidInput(f"there is no linear layer {unknown[0]!r}", do=f"use some of {', '.join(LINEARS)}")
+    wanted = sorted(set(targets or LINEARS))
+    for adapter in adapters:
+        for module, x in adapter.targets.items():
+            if x.rank > rank:
+                raise AdapterError(
+                    f"adapter {adapter.name!r} has rank {x.rank} in {module}; the slots have {rank}",
+                    where=adapter.path,
+                    do=f"use --slot-rank {largest}, or leave it out",
+                )
+            if module.rpartition(".")[2] not in wanted:
+                raise AdapterError(
+                    f"adapter {adapter.name!r} changes {module}; the slots are in {', '.join(wanted)}",
+                    where=adapter.path,
+                    do="name all that adapters change with --slot-target, or leave it out",
+                )
+    return AdapterSpec(rank, wanted)
 
 
 def context(a: Architecture, wanted: int | None) -> int:

@@ -1,6 +1,6 @@
-"""Group-wise symmetric quantization of weight matrices: `Blockwise` for ONNX Runtime's MatMulNBits, `Affine` for ExecuTorch.
+"""Group-wise symmetric quantization of weight matrices for ONNX Runtime's MatMulNBits; ExecuTorch's is `crayon_runtime.affine`.
 
-`Blockwise`: a row of a weight matrix [out, in] is cut into groups of `group_size` input columns. Each group has one float32 scale,
+A row of a weight matrix [out, in] is cut into groups of `group_size` input columns. Each group has one float32 scale,
 
     scale = m / -2^(bits-1),   m = the element of the group with the largest magnitude, with its sign
     code  = clip(round(w * (1 / scale) + 2^(bits-1)), 0, 2^bits - 1)      halves up
@@ -108,56 +108,3 @@ class Blockwise(NamedTuple):
         if width % self.group_size:
             weights = np.pad(weights, ((0, 0), (0, groups * self.group_size - width)))
         return weights.reshape(n, groups, self.group_size)
-
-
-Codes = npt.NDArray[np.int8]
-
-
-class Affine(NamedTuple):
-    """The rule of torchao's symmetric `Int8DynamicActivationIntxWeightConfig` and `IntxWeightOnlyConfig` ("affine"):
-
-        scale = max(absmax / ((2^bits - 1) / 2), 2^-126)
-        code  = clip(round(w * (1 / scale)), -2^(bits-1), 2^(bits-1) - 1)      halves to even
-        w'    = code * scale
-
-    equal to torchao's byte for byte. XNNPACK keeps the scales of groups as bfloat16, so the codes are made with the float32 scale and
-    stand for multiples of the rounded one; those of whole rows stay float32.
-    """
-
-    bits: int
-    group_size: int
-    """0: a whole row."""
-
-    @property
-    def name(self) -> str:
-        return f"int{self.bits}"
-
-    def nbytes(self, rows: int, width: int) -> int:
-        """Bytes of a quantized [rows, width] matrix, scales included."""
-        scales = 2 * width // self.group_size if self.group_size else 4
-        return rows * (width * self.bits // 8 + scales)
-
-    def quantize(self, weights: Floats) -> tuple[Codes, Floats]:
-        """Codes int8 [n, in] and scales float32 [n, groups], not yet rounded, of float32 [n, in] rows; the groups divide `in`."""
-        n, width = weights.shape
-        grouped = weights.reshape(n, -1, self.group_size or width)
-        largest = np.maximum(grouped.max(axis=2), -grouped.min(axis=2))
-        scales = np.maximum(largest / np.float32(((1 << self.bits) - 1) / 2), np.finfo(np.float32).smallest_normal)
-        codes = np.rint(grouped * (np.float32(1) / scales)[..., None])
-        half = 1 << (self.bits - 1)
-        np.clip(codes, -half, half - 1, out=codes)
-        return codes.astype(np.int8).reshape(n, width), scales
-
-    def dequantize(self, codes: Codes, scales: Floats) -> Floats:
-        """The float32 [n, in] rows that the codes stand for."""
-        n, width = codes.shape
-        stored = bfloat16(scales) if self.group_size else scales
-        values = codes.reshape(n, -1, self.group_size or width) * stored[..., None]
-        return np.asarray(values, np.float32).reshape(n, width)
-
-
-def bfloat16(x: Floats) -> Floats:
-    """The nearest values that bfloat16 holds, halves to even, as float32; `x` is finite."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from crayon_runtime.backends.onnx_adapter import Tensor
     from crayon_runtime.bundle import Bundle
+    from crayon_runtime.bundle.adapter import Slots
     from crayon_runtime.manifest import AdapterDtype, BlendedFrom
     from crayon_runtime.prototypes import Prototypes
 
@@ -178,7 +179,8 @@ def write_adapter_bundle(
     *,
     name: str,
     base_fingerprint: str,
-    dtype: AdapterDtype = "fp32",
+    dtype: AdapterDtype | None = "fp32",
+    executorch: Slots | None = None,
     pool: BlendedFrom | None = None,
     prototypes: Prototypes | None = None,
     replace: bool = False,
@@ -186,7 +188,7 @@ def write_adapter_bundle(
     """Write a blend as an adapter bundle, one module at a time; it appears at `out` when it is whole.
 
     Args:
-        dtype, pool, prototypes: see `write_adapter`.
+        dtype, executorch, pool, prototypes: see `write_adapter`.
 
     Raises:
         OutputError: the target exists, or cannot be written.
@@ -198,6 +200,7 @@ def write_adapter_bundle(
         name=name,
         base_fingerprint=base_fingerprint,
         dtype=dtype,
+        executorch=executorch,
         pool=pool,
         prototypes=prototypes,
         replace=replace,
@@ -205,7 +208,7 @@ def write_adapter_bundle(
 
 
 def onnx_tensors(blended: Blended) -> dict[str, Tensor]:
-    """As an ONNX adapter names them: A [in, rank], and B [rank, out] with the scale in it."""
+    """As `write_adapter` takes them: A [in, rank], and B [rank, out] with the scale in it."""
     waiting: dict[str, Floats] = {}  # B of the module whose A was written last
 
     def a(module: str) -> Floats:

@@ -22,6 +22,7 @@ import numpy as np
 
 from crayon_runtime import affinity
 from crayon_runtime.bundle import Bundle
+from crayon_runtime.bundle.adapter import Slots
 from crayon_runtime.customized import (
     ADAPTER,
     DECIMALS,
@@ -36,6 +37,7 @@ from crayon_runtime.customized import (
     made_from,
     newest_serial,
     read_state,
+    slots_of,
     state_folder,
 )
 from crayon_runtime.engine import Engine
@@ -48,7 +50,7 @@ from crayon_runtime.errors import (
 )
 from crayon_runtime.examples import Example, Score, check_examples, score, to_jsonl
 from crayon_runtime.files import atomic_directory
-from crayon_runtime.manifest import AdapterDtype
+from crayon_runtime.manifest import AdapterDtype, ExecutorchSlots
 from crayon_runtime.pool import Mode, Pool, PoolManifest, write_adapter_bundle
 from crayon_runtime.prototypes import SIZE, read_prototypes
 from crayon_runtime.refine import refine as search
@@ -178,7 +180,9 @@ def customize(
         dtype=dtype,
         rank_limit=rank_limit,
         prototypes=prototypes,
+        backend="executorch" if engine.backend.name == "executorch" else "onnx",
     ).checked(pool)
+    _slots(engine, settings)
     work = _Work(
         engine, check_examples(examples), folder or state_folder(_bundle(engine).path), settings, on_evaluation
     )
@@ -204,7 +208,7 @@ def preview(engine: Engine, examples: Sequence[Sequence[str]], pool: Pool | Pool
     Raises:
         As `customize`, before it sends anything.
     """
-    settings = Settings().checked(pool)
+    settings = Settings(backend="executorch" if engine.backend.name == "executorch" else "onnx").checked(pool)
     folder = state_folder(_bundle(engine).path)
     work = _Work(engine, check_examples(examples), folder, settings, lambda _: None)
     check_pool(engine, pool.manifest)
@@ -373,12 +377,17 @@ class _Work:
         if isinstance(pool, PoolClient):
             return pool.adapter(self._body(pool, alpha), out)
         blended = pool.blend(alpha, self.settings.blend, self.settings.rank)
+        slots = _slots(self.engine, self.settings)
+        if slots is not None:
+            blended = blended.limited(slots.rank)
         picked = pool.prototypes.picked(alpha, self.settings.prototypes) if pool.prototypes else None
         return write_adapter_bundle(
             blended,
             out,
             name=NAME,
             base_fingerprint=pool.manifest.base_fingerprint,
+            dtype="fp32" if slots is None else None,
+            executorch=None if slots is None else Slots(slots),
             pool=pool.manifest.origin,
             prototypes=picked,
             replace=True,
@@ -387,11 +396,15 @@ class _Work:
     def _body(self, pool: Pool | PoolClient, alpha: Floats) -> dict[str, Any]:
         """What a service is sent."""
         size = self.settings.prototypes
-        asked = {
+        asked: dict[str, Any] = {
             "dtype": self.settings.dtype,
             "rank_limit": self.settings.rank_limit,
             "prototypes": size if size != SIZE else None,
         }
+        slots = _slots(self.engine, self.settings)
+        if slots is not None:
+            shape = {name: value for name, value in msgspec.to_builtins(slots).items() if name != "program"}
+            asked |= {"backend": "executorch", "slots": shape}
         return {
             "base_fingerprint": pool.manifest.base_fingerprint,
             "pool_version": pool.manifest.version,
@@ -422,6 +435,29 @@ class _Work:
             log_loss=now.log_loss,
         )
         (new / STATE).write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n")
+
+
+def _slots(engine: Engine, settings: Settings) -> ExecutorchSlots | None:
+    """Those that an adapter is made for; None where it is for ONNX Runtime.
+
+    Raises:
+        AdapterError: ExecuTorch's program has none.
+        InvalidInput: the settings want what slots decide.
+    """
+    if settings.backend != "executorch":
+        return None
+    slots = slots_of(_bundle(engine))
+    if slots is None:
+        raise AdapterError(
+            "this bundle's program for ExecuTorch has no slots for adapters",
+            where=_bundle(engine).path,
+            do="export the model again, without --official, --merge and --single-file; or customize it with --backend onnx",
+        )
+    if settings.dtype is not None:
+        raise InvalidInput(
+            "dtype is not for ExecuTorch: its program says what it takes", where="dtype", do="leave it out"
+        )
+    return slots
 
 
 def _prove(now: Score, base: Score, before: float, customized: bool) -> None:

@@ -18,13 +18,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
-from msgspec import Struct, UnsetType
+from msgspec import Struct
 
+from crayon_runtime import backends
 from crayon_runtime.bundle import Bundle
 from crayon_runtime.errors import CrayonError, InvalidInput, ManifestError, ServerError
 from crayon_runtime.examples import Example, ExampleStates, check_examples, read_examples
 from crayon_runtime.files import atomic_file
-from crayon_runtime.manifest import MOST_PROTOTYPES, AdapterDtype, Serial, Sha256, check_version
+from crayon_runtime.manifest import (
+    MOST_PROTOTYPES,
+    AdapterDtype,
+    ExecutorchSlots,
+    ExecutorchVariant,
+    Serial,
+    Sha256,
+    check_version,
+)
 from crayon_runtime.pool import Mode, Pool, PoolManifest
 from crayon_runtime.prototypes import SIZE
 from crayon_runtime.remote import PoolClient
@@ -51,6 +60,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     dtype: AdapterDtype | None = None
     rank_limit: int | None = None
     prototypes: int = SIZE
+    backend: str = "onnx"
+    """That answers with the adapter."""
 
     def checked(self, pool: Pool | PoolClient) -> Settings:
         """These settings as they apply to a pool, with those that do nothing left at their defaults.
@@ -102,10 +113,29 @@ def state_folder(bundle: str | os.PathLike[str]) -> Path:
     return path.with_name(f"{path.name}.customized")
 
 
-def backend_for(model: Bundle, backend: str) -> str:
-    """The backend to load where a model may be customized: adapters are blended for ONNX Runtime, so that is what "auto" then means."""
-    serves_onnx = not isinstance(model.model.variants.onnx, UnsetType)
-    return "onnx" if backend == "auto" and serves_onnx else backend
+def backend_for(model: Bundle, backend: str, folder: Path) -> str:
+    """The backend to load where a model is customized, or may be: "auto" is then one that the adapter in place was made for, or if there
+    is none one that takes adapters.
+
+    Args:
+        folder: where the adapter is kept.
+    """
+    if backend != "auto":
+        return backend
+    try:
+        able = backends.served(Bundle.open(folder / ADAPTER))
+    except CrayonError:
+        slots = slots_of(model)
+        able = [name for name in backends.NAMES if name != "executorch" or slots is not None]
+    usable = backends.available(model)
+    chosen = [name for name in usable if name in able]
+    return chosen[0] if chosen and chosen != usable else backend
+
+
+def slots_of(model: Bundle) -> ExecutorchSlots | None:
+    """The slots for adapters in a model's program for ExecuTorch."""
+    variant = model.model.variants.executorch
+    return variant.slots if isinstance(variant, ExecutorchVariant) else None
 
 
 def cache_folder(folder: Path) -> Path:

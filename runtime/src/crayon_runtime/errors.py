@@ -12,6 +12,7 @@
     ├── AdapterError           an adapter does not fit the base it is offered to
     ├── InvalidInput           a prompt, option or token id that cannot be served
     │   └── ContextOverflow    more tokens than the context holds
+    ├── TemplateError          a template of programs is damaged, foreign, or of another version
     ├── BackendError           the inference backend failed or is not installed
     ├── ServerError            a service cannot be reached, refuses, or does not answer as it should
     │   └── PoolChanged        it serves another pool now than the one that alpha was computed with
@@ -97,6 +98,10 @@ class InvalidInput(CrayonError):
 
 class ContextOverflow(InvalidInput):
     """More tokens than the context holds."""
+
+
+class TemplateError(CrayonError):
+    """A template of programs for ExecuTorch is damaged, is none, or was made for other versions."""
 
 
 class BackendError(CrayonError):

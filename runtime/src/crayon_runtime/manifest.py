@@ -35,13 +35,20 @@ Serial = Annotated[int, Meta(ge=0, description="of a pool's build, larger for a 
 ServerModel = Annotated[str, Meta(min_length=1, max_length=200, description="the server LLM's name, for people")]
 TokenId = Annotated[int, Meta(ge=0)]
 AdapterDtype = Literal["fp32", "fp16", "int8"]
+ProgramDtype = Literal["fp32", "int8"]
+WeightName = Annotated[
+    str, Meta(pattern="^(scale_)?[0-9a-f]{64}$", description="SHA-256 of a weight, or of its scales")
+]
+Features = Annotated[int, Meta(ge=1, le=1 << 22)]
+
+MOST_RANK = 4096
+"""Of a program's slots."""
 
 MOST_PROTOTYPES = 1024
 """Of an adapter."""
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a block that an adapter may target, in the order of computation."""
-
 
 BASE_FINGERPRINT = "base_fingerprint"
 """The metadata key by which a PEFT adapter's safetensors file may name its base."""
@@ -119,11 +126,37 @@ class OnnxVariant(Struct, frozen=True):
     data: list[Path]
 
 
-class ExecutorchVariant(Struct, frozen=True):
+class SlotTarget(Struct, frozen=True):
+    """A kind of linear layer."""
+
+    name: Annotated[str, Meta(description="as q_proj")]
+    in_features: Features
+    out_features: Features
+
+
+class ProgramSlots(Struct, frozen=True, kw_only=True):
+    """Where ExecuTorch's program takes an adapter: the same in every layer."""
+
+    rank: Annotated[int, Meta(ge=1, le=MOST_RANK)]
+    dtype: Annotated[
+        ProgramDtype, Meta(description="that A and B are stored in. int8: one scale for each output channel")
+    ]
+    layers: Annotated[int, Meta(ge=1, le=4096)]
+    targets: Annotated[list[SlotTarget], Meta(min_length=1, max_length=7)]
+
+
+class ExecutorchSlots(ProgramSlots, frozen=True, kw_only=True):
+    """A program that computes the base with any adapter that fits, once it has been given the names of the adapter's weights."""
+
+    program: Annotated[Path, Meta(description="with names that stand for those of A and B; docs/bundle.md says which")]
+
+
+class ExecutorchVariant(Struct, frozen=True, omit_defaults=True):
     """A program for ExecuTorch, with its weights; docs/bundle.md lists its methods."""
 
     program: Path
-    data: Annotated[list[Path], Meta(description=".ptd files that hold the weights")]
+    data: Annotated[list[Path], Meta(description=".ptd files that hold the weights; none: they are in the program")]
+    slots: Annotated[ExecutorchSlots | None, Meta(description="null: adapters cannot be attached")] = None
 
 
 class Variants(Struct, frozen=True, omit_defaults=True):
@@ -206,14 +239,26 @@ class OnnxAdapterVariant(Struct, frozen=True):
     ] = "fp32"
 
 
-class ExecutorchAdapterVariant(Struct, frozen=True):
-    """A program for ExecuTorch that computes the base and the adapter over one KV cache."""
+class SlotWeights(Struct, frozen=True):
+    """How an adapter fills the slots of a base's program."""
 
-    program: Path
+    rank: Annotated[int, Meta(ge=1, le=MOST_RANK, description="of the slots: A and B are padded with zeros up to it")]
+    targets: Annotated[list[str], Meta(description="of the slots, names of linear layers, as q_proj")]
+    weights: Annotated[
+        list[WeightName], Meta(description="the names of A and B in `data`, slot by slot; docs/bundle.md has the order")
+    ]
+
+
+class ExecutorchAdapterVariant(Struct, frozen=True, omit_defaults=True):
+    """The weights of an adapter for ExecuTorch, and the program that computes the base and the adapter over one KV cache, or how it is
+    made of the base's program with slots; or both."""
+
     data: Annotated[
         list[Path], Meta(description=".ptd files that hold A and B, with alpha/r in B; all else is in the base's files")
     ]
-    dtype: Annotated[AdapterDtype, Meta(description="of the stored A and B. int8: one scale for each output channel")]
+    dtype: Annotated[ProgramDtype, Meta(description="of the stored A and B. int8: one scale for each output channel")]
+    program: Path | None = None
+    slots: SlotWeights | None = None
 
 
 class AdapterVariants(Struct, frozen=True, omit_defaults=True):
@@ -315,19 +360,27 @@ def _check_paths(manifest: Manifest, where: str) -> None:
         raise ManifestError(f"{path!r} in `files` is both a file and a folder", where=where)
     for path in sorted(_referenced(manifest) - set(listed)):
         raise ManifestError(f"it refers to {path!r}, which `files` does not list", where=where)
-    if isinstance(manifest, ModelManifest):
-        for folder in manifest.adapters:
-            check_relative(folder, where)
-            if f"{folder}/manifest.json" not in listed:
-                raise ManifestError(f"the adapter folder {folder!r} has no manifest in `files`", where=where)
-        if len({PurePosixPath(folder).name.casefold() for folder in manifest.adapters}) != len(manifest.adapters):
-            raise ManifestError("two folders in `adapters` have the same name", where=where)
-        a, t = manifest.architecture, manifest.tap
-        if t.layer > a.layers or t.size != a.hidden_size:
-            raise ManifestError(
-                f"tap layer {t.layer} of width {t.size} does not exist in {a.layers} layers of {a.hidden_size}",
-                where=where,
-            )
+    if isinstance(manifest, AdapterManifest):
+        executorch = manifest.variants.executorch
+        if isinstance(executorch, ExecutorchAdapterVariant) and not executorch.program and not executorch.slots:
+            raise ManifestError("its variant for ExecuTorch has neither a program nor slots", where=where)
+    else:
+        _check_model(manifest, listed, where)
+
+
+def _check_model(manifest: ModelManifest, listed: list[str], where: str) -> None:
+    for folder in manifest.adapters:
+        check_relative(folder, where)
+        if f"{folder}/manifest.json" not in listed:
+            raise ManifestError(f"the adapter folder {folder!r} has no manifest in `files`", where=where)
+    if len({PurePosixPath(folder).name.casefold() for folder in manifest.adapters}) != len(manifest.adapters):
+        raise ManifestError("two folders in `adapters` have the same name", where=where)
+    a, t = manifest.architecture, manifest.tap
+    if t.layer > a.layers or t.size != a.hidden_size:
+        raise ManifestError(
+            f"tap layer {t.layer} of width {t.size} does not exist in {a.layers} layers of {a.hidden_size}",
+            where=where,
+        )
 
 
 def check_relative(path: str, where: str) -> None:
@@ -358,14 +411,15 @@ def _referenced(manifest: Manifest) -> set[str]:
         if isinstance(adapter.onnx, OnnxAdapterVariant):
             found.append(adapter.onnx.file)
         if isinstance(adapter.executorch, ExecutorchAdapterVariant):
-            found += [adapter.executorch.program, *adapter.executorch.data]
+            found += [*([adapter.executorch.program] if adapter.executorch.program else []), *adapter.executorch.data]
         found += [manifest.prototypes.file] if manifest.prototypes else []
     else:
         v = manifest.variants
         if isinstance(v.onnx, OnnxVariant):
             found += [v.onnx.model, *v.onnx.data]
         if isinstance(v.executorch, ExecutorchVariant):
-            found += [v.executorch.program, *v.executorch.data]
+            slots = v.executorch.slots
+            found += [v.executorch.program, *v.executorch.data, *([slots.program] if slots else [])]
         found.append(manifest.tokenizer.file)
         if manifest.golden:
             found += [manifest.golden.cases, manifest.golden.tensors]

@@ -22,6 +22,7 @@ import msgspec
 from msgspec import Struct
 
 from crayon_runtime.address import checked_key, checked_url
+from crayon_runtime.backends.executorch_adapter import nbytes
 from crayon_runtime.bundle import Bundle, install
 from crayon_runtime.bundle.archive import Archive
 from crayon_runtime.bundle.checks import read_source
@@ -29,7 +30,7 @@ from crayon_runtime.bundle.source import read_signature
 from crayon_runtime.download import Connection
 from crayon_runtime.errors import AdapterError, IntegrityError, ManifestError, ServerError, SignatureError
 from crayon_runtime.files import CHUNK, atomic_file, sha256_file
-from crayon_runtime.manifest import AdapterManifest, BlendedFrom, Sha256
+from crayon_runtime.manifest import AdapterManifest, BlendedFrom, ProgramSlots, Sha256
 from crayon_runtime.pool import PROJECTION, WEIGHTS, PoolManifest, parse_manifest, read_projection
 from crayon_runtime.prototypes import FILE as PROTOTYPES
 from crayon_runtime.prototypes import SIZE
@@ -48,7 +49,7 @@ _LARGEST_POOL = 16 << 20
 _LARGEST_SIGNATURE = 4096
 _LARGEST_PROJECTION = 512 << 20
 _LARGEST_ADAPTER = 2 << 30  # of an .onnx_adapter file
-_SLACK = 4 << 20  # an archive's manifest and headers
+_SLACK = 4 << 20  # an archive's manifest and headers, and those of a .ptd file
 
 
 class PoolClient:
@@ -151,7 +152,9 @@ class PoolClient:
         prototypes = min(
             body.get("prototypes", SIZE), self.manifest.prototypes.count if self.manifest.prototypes else 0
         )
-        largest = _largest_adapter(self.manifest) + (_prototypes_bytes(self.manifest) if prototypes else 0)
+        slots = msgspec.convert(body["slots"], ProgramSlots) if "slots" in body else None
+        adapter = _largest_adapter(self.manifest) if slots is None else nbytes(slots) + _SLACK
+        largest = adapter + (_prototypes_bytes(self.manifest) if prototypes else 0)
         content = msgspec.json.encode(body)
         self._on_send(content)
         archive = out.with_name(f"{out.name}.crayon")

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +39,10 @@ from executorch.exir import (
     ExecutorchProgramManager,
     to_edge_transform_and_lower,
 )
+from executorch.exir._serialize._cord import Cord
+from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
 from executorch.exir._serialize._serialize import serialize_for_executorch
+from executorch.exir.emit import EmitterOutput, emit_program
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.external_constants_pass import delegate_external_constants_pass_unlifted
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
@@ -50,7 +53,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from crayon_export import architecture as arch
 from crayon_export.executorch.storage import Floats, Stored
-from crayon_export.quantize import Affine, Codes
+from crayon_runtime.affine import Affine, Codes
 from crayon_runtime.manifest import Architecture
 
 BASE = "model"
@@ -174,6 +177,17 @@ def trace(model: Tapped, name: str, *, context_length: int) -> torch.export.Expo
     return _trace(graph, longest)
 
 
+def constants(a: Architecture, bos: int | None, eos: Sequence[int]) -> dict[str, Any]:
+    """What a runner asks a program about its model, by the names of methods."""
+    return {
+        "get_n_layers": a.layers,
+        "get_vocab_size": a.vocab_size,
+        "get_tap_size": a.hidden_size,
+        "get_eos_ids": list(eos),
+        **({} if bos is None else {"get_bos_id": bos}),
+    }
+
+
 def lower(
     traced: Mapping[str, torch.export.ExportedProgram], constants: Mapping[str, Any], *, context_length: int
 ) -> Programs:
@@ -208,6 +222,13 @@ def lower(
     return Programs(edge.to_executorch(config), config)
 
 
+class Emitted(NamedTuple):
+    """A program as data, before it is serialized: what the program itself reads is in `emitted`, what XNNPACK reads in `named`."""
+
+    emitted: EmitterOutput
+    named: NamedDataStoreOutput
+
+
 class Programs:
     """What was lowered, to be written as one program for each model."""
 
@@ -223,15 +244,54 @@ class Programs:
             program: the .pte: `forward` and `forward_tap`, and of an adapter `lora_forward` and `lora_forward_tap`.
             data: the .ptd.
         """
-        emitted = self._lowered._emitter_output
-        plans = {BASE: "forward"} if name == BASE else {BASE: "forward", name: "lora_forward"}
-        chosen = dataclasses.replace(emitted, program=_select(emitted.program, plans))
-        pte, ptd = serialize_for_executorch(
-            chosen, self._config, self._lowered._data_serializer, self._lowered._named_data
-        )
+        pte, ptd = self.serialize(self.emitted(name))
         for file, content in ((program, pte), (data, ptd[name])):
             with file.open("xb") as out:
                 content.write_to_file(out)
+
+    def write_single(self, program: Path) -> None:
+        """Write the base as one .pte that holds its weights: `forward` and `forward_tap`."""
+        with program.open("xb") as out:
+            self.serialize(self.single())[0].write_to_file(out)
+
+    def serialize(self, program: Emitted) -> tuple[Cord, dict[str, Cord]]:
+        """The .pte, and the .ptd of each model whose weights it reads, by their names."""
+        pte: Cord
+        pte, data = serialize_for_executorch(
+            program.emitted, self._config, self._lowered._data_serializer, program.named
+        )
+        return pte, data
+
+    def emitted(self, name: str) -> Emitted:
+        """The base, or the base with an adapter."""
+        emitted = self._lowered._emitter_output
+        plans = {BASE: "forward"} if name == BASE else {BASE: "forward", name: "lora_forward"}
+        return Emitted(dataclasses.replace(emitted, program=_select(emitted.program, plans)), self._lowered._named_data)
+
+    def single(self) -> Emitted:
+        """The base with its weights inside: what the exporter emits where no constant is tagged with a file."""
+        base = self._lowered.exported_program(BASE)
+        # The first emission has left out the outputs that are written into buffers; any others do in their places, to be left out again.
+        output = base.graph.output_node()
+        left_out = len(base.graph_signature.output_specs) - len(output.args[0])
+        output.args = ((output.args[0][0],) * left_out + tuple(output.args[0]),)
+        tagged = [node for node in base.graph.nodes if "constant_tag" in node.meta]
+        tags = [(node, node.meta.pop("constant_tag"), node.meta["spec"].extra_tensor_info) for node in tagged]
+        for node in tagged:
+            node.meta["spec"].extra_tensor_info = None
+        try:
+            emitted = emit_program(
+                {BASE: base},
+                self._config.emit_stacktrace,
+                self._lowered._config_methods,
+                self._config.emit_mutable_buffer_names,
+            )
+        finally:
+            for node, tag, info in tags:
+                node.meta["constant_tag"], node.meta["spec"].extra_tensor_info = tag, info
+        named = self._lowered._named_data
+        inside = NamedDataStoreOutput(named.buffers, dict(named.external_data[BASE]), {})
+        return Emitted(dataclasses.replace(emitted, program=_select(emitted.program, {BASE: "forward"})), inside)
 
 
 def _select(program: Any, plans: Mapping[str, str]) -> Any:

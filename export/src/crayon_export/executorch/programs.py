@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from crayon_export.executorch.quiet import quiet
 from crayon_export.executorch.storage import ProgramStorage
 from crayon_export.lora import PeftAdapter
+from crayon_runtime.bundle import BundleWriter
 from crayon_runtime.errors import BackendError, MissingExtra
-from crayon_runtime.manifest import Architecture, Tokenizer
+from crayon_runtime.manifest import Architecture, ExecutorchVariant, ProgramDtype, Tokenizer
 
 
 class ProgramSpec(NamedTuple):
@@ -26,11 +28,14 @@ class ProgramSpec(NamedTuple):
     """"fp32" or "int8"."""
     tap_layer: int
     """Index into transformers' `hidden_states`."""
+    single_file: bool
+    """Whether the base's program holds its weights."""
 
 
 class ProgramFiles(NamedTuple):
     program: Path
-    data: Path
+    data: Path | None
+    """None: the weights are in the program."""
 
 
 def check_installed() -> None:
@@ -97,19 +102,61 @@ def _make(
                 adapter={module: storage.stored_adapter(adapter, module) for module in targets if adapter},
             )
             traced[name] = official.trace(model, name, context_length=spec.context_length)
-    constants = {
-        "get_n_layers": spec.architecture.layers,
-        "get_vocab_size": spec.architecture.vocab_size,
-        "get_tap_size": spec.architecture.hidden_size,
-        "get_eos_ids": spec.tokenizer.eos,
-        **({} if spec.tokenizer.bos is None else {"get_bos_id": spec.tokenizer.bos}),
-    }
+    constants = official.constants(spec.architecture, spec.tokenizer.bos, spec.tokenizer.eos)
     on_stage(f"lowering, about {10 * spec.architecture.layers * len(names)} seconds of one core")
     with quiet():
         lowered = official.lower(traced, constants, context_length=spec.context_length)
     on_stage("writing programs")
     files = [ProgramFiles(folder / f"{name}.pte", folder / f"{name}.ptd") for name in names]
+    if spec.single_file:
+        files = [ProgramFiles(files[0].program, None)]
     with quiet():
         for name, (program, data) in zip(names, files, strict=True):
-            lowered.write(name, program, data)
+            if data is None:
+                lowered.write_single(program)
+            else:
+                lowered.write(name, program, data)
     return files
+
+
+class Official:
+    """A model whose programs ExecuTorch's exporter makes of the weights themselves.
+
+    Args:
+        adapters: each becomes a program that computes the base and this adapter.
+        scratch: for the weights, and for the programs before they are copied.
+        group_size, pool: see `ProgramStorage`.
+        on_stage: told what comes next.
+    """
+
+    def __init__(
+        self,
+        spec: ProgramSpec,
+        adapters: Sequence[PeftAdapter],
+        scratch: Path,
+        *,
+        group_size: int | None,
+        pool: ThreadPoolExecutor,
+        on_stage: Callable[[str], None],
+    ) -> None:
+        self.storage = ProgramStorage(scratch, group_size=group_size, pool=pool)
+        self.dtype: ProgramDtype = "int8" if group_size else "fp32"
+        self._spec, self._adapters, self._scratch, self._on_stage = spec, adapters, scratch, on_stage
+        self._made: list[ProgramFiles] = []
+
+    def finish(self, architecture: Architecture) -> None:
+        """After all weights."""
+        assert architecture == self._spec.architecture
+        self._made = make_programs(self.storage, self._adapters, self._spec, self._scratch, self._on_stage)
+
+    def add_to(self, writer: BundleWriter) -> ExecutorchVariant:
+        """Add the base's program to a bundle."""
+        program, data = self._made[0]
+        writer.add_file("model.pte", program)
+        if data is None:
+            return ExecutorchVariant("model.pte", [])
+        writer.add_file("model.ptd", data)
+        return ExecutorchVariant("model.pte", ["model.ptd"])
+
+    def files(self, adapter: PeftAdapter) -> ProgramFiles:
+        return self._made[1 + self._adapters.index(adapter)]

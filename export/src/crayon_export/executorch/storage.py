@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from crayon_export.lora import PeftAdapter
-from crayon_export.quantize import Affine, Codes
 from crayon_export.report import TensorReport
 from crayon_export.storage import Error, Matrix, in_pieces, scaled
+from crayon_runtime.affine import Affine, Codes
 
 Floats = npt.NDArray[np.float32]
 
 GROUP_SIZES = (128, 64, 32)
-_PER_ROW = Affine(8, 0)
+PER_ROW = Affine(8, 0)
 
 
 class Stored(NamedTuple):
@@ -65,7 +65,7 @@ class ProgramStorage:
         return self._group_size is not None
 
     def embedding(self, name: str, rows: int, width: int) -> Matrix:
-        return _File(self, name, rows, width, _PER_ROW if self.lossy else None)
+        return _File(self, name, rows, width, PER_ROW if self.lossy else None)
 
     def linear(self, module: str, rows: int, width: int) -> Matrix:
         return _File(self, f"{module}.weight", rows, width, linear_form(width, self._group_size))
@@ -74,13 +74,11 @@ class ProgramStorage:
         self.tensors[name] = Stored(values, None, None)
 
     def adapter(self, adapter: PeftAdapter, module: str) -> tuple[Floats, Floats]:
-        a, b = (_worth(stored) for stored in self.stored_adapter(adapter, module))
+        a, b = (worth(stored) for stored in self.stored_adapter(adapter, module))
         return a, b
 
     def stored_adapter(self, adapter: PeftAdapter, module: str) -> tuple[Stored, Stored]:
-        """A [r, in] and B [out, r], the factor alpha/r included, as the program will hold them."""
-        a, b = (_per_row(matrix) if self.lossy else Stored(matrix, None, None) for matrix in scaled(adapter, module))
-        return a, b
+        return stored_adapter(adapter, module, quantize=self.lossy)
 
     def create(self, name: str, rows: int, width: int, dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
         path = self._folder / f"{len(self.tensors)}-{name}"
@@ -120,10 +118,15 @@ class _File:
         return self._error.report("executorch", self._name, stored_as, group_size, nbytes)
 
 
-def _per_row(matrix: Floats) -> Stored:
-    return Stored(*_PER_ROW.quantize(matrix), _PER_ROW)
+def stored_adapter(adapter: PeftAdapter, module: str, *, quantize: bool) -> tuple[Stored, Stored]:
+    """A [r, in] and B [out, r], the factor alpha/r included, as the program will hold them."""
+    a, b = (
+        Stored(*PER_ROW.quantize(m), PER_ROW) if quantize else Stored(m, None, None) for m in scaled(adapter, module)
+    )
+    return a, b
 
 
-def _worth(stored: Stored) -> Floats:
+def worth(stored: Stored) -> Floats:
+    """What a program computes with, float32."""
     values, scales, form = stored
     return np.asarray(values, np.float32) if form is None or scales is None else form.dequantize(values, scales)  # type: ignore[arg-type]

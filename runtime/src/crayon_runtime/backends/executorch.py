@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from crayon_runtime.backends.base import Adapter, Step, check_base
+from crayon_runtime.backends.executorch_adapter import program_for
 from crayon_runtime.errors import AdapterError, BackendError, CrayonError, IntegrityError
 from crayon_runtime.files import sha256_file
 from crayon_runtime.manifest import ExecutorchAdapterVariant, ExecutorchVariant
@@ -91,7 +92,7 @@ class ExecutorchBackend:
         crayon_native = native()
         _start(threads)
         try:
-            program = _open(bundle, variant, [])
+            program = _open(bundle, variant.program, variant.data, [])
             with_tap = _BASE in program.methods and program.constant("get_tap_size") == bundle.model.tap.size
             if not with_tap or program.constant("get_max_context_len") != bundle.model.context_length:
                 raise BackendError("the program is not the one that the manifest describes", where=program.path)
@@ -116,8 +117,13 @@ class ExecutorchBackend:
                 do="answer with it in ONNX Runtime: --backend onnx",
             )
         crayon_native = native()
+        files = [self._bundle.file(path) for path in base.data]
+        where = bundle.file(variant.program) if variant.program else bundle.path
         try:
-            program = _open(bundle, variant, [self._bundle.file(path) for path in base.data])
+            if variant.program is not None:
+                program = _open(bundle, variant.program, variant.data, files)
+            else:
+                program = self._filled(bundle, variant, base, files)
             if _ADAPTED not in program.methods or any(
                 program.constant(name) != self.program.constant(name)
                 for name in ("get_max_context_len", "get_max_seq_len", "get_tap_size")
@@ -128,8 +134,35 @@ class ExecutorchBackend:
                     do="convert the adapter again with `crayon adapter convert … --bundle` and this bundle",
                 )
         except crayon_native.NativeError as e:
-            raise _error(e, bundle.file(variant.program), manifest.name) from e
-        return ExecutorchAdapter(manifest.name, program)
+            raise _error(e, where, manifest.name) from e
+        return ExecutorchAdapter(manifest.name, program, where)
+
+    def _filled(
+        self, bundle: Bundle, variant: ExecutorchAdapterVariant, base: ExecutorchVariant, files: list[Path]
+    ) -> Program:
+        """The base's program with slots, with an adapter in them."""
+        held, slots = variant.slots, base.slots
+        name = bundle.as_adapter.name
+        if held is None or slots is None:
+            raise AdapterError(
+                f"adapter {name!r} comes without a program of its own, and this bundle has none with slots",
+                where=bundle.path,
+                do="export the model again with adapter slots",
+            )
+        own = (slots.rank, [target.name for target in slots.targets], slots.dtype)
+        if (held.rank, held.targets, variant.dtype) != own:
+            raise AdapterError(
+                f"adapter {name!r} was made for slots of rank {held.rank} in {variant.dtype}, at {', '.join(held.targets)};"
+                f" those of this bundle are of rank {own[0]} in {own[2]}, at {', '.join(own[1])}",
+                where=bundle.path,
+                do="convert the adapter again with `crayon adapter convert … --bundle` and this bundle",
+            )
+        for path in variant.data:
+            _check(bundle, path)
+        filled = program_for(self._bundle.read(slots.program), slots, held.weights)
+        data = [*files, *(bundle.file(path) for path in variant.data)]
+        program: Program = native().Program(self._bundle.file(slots.program), data, program=filled)
+        return program
 
     def new_cache(self, adapter: Adapter | None = None) -> ExecutorchCache:
         return ExecutorchCache(self, adapter)
@@ -141,9 +174,10 @@ class ExecutorchBackend:
 class ExecutorchAdapter:
     """A program that computes the base with an adapter."""
 
-    def __init__(self, name: str, program: Program) -> None:
+    def __init__(self, name: str, program: Program, where: Path) -> None:
         self.name = name
         self.program = program
+        self.where = where
 
 
 class ExecutorchCache:
@@ -219,7 +253,8 @@ class ExecutorchCache:
         try:
             self._cache.use(program, method)
         except self._native_error as e:
-            raise _error(e, program.path, adapter.name if adapter else None) from e
+            where = adapter.where if adapter else program.path
+            raise _error(e, where, adapter.name if adapter else None) from e
         self._adapter = adapter
 
 
@@ -235,14 +270,13 @@ def _start(threads: int | None) -> None:
         ) from e
 
 
-def _open(bundle: Bundle, variant: ExecutorchVariant | ExecutorchAdapterVariant, base: list[Path]) -> Program:
+def _open(bundle: Bundle, program: str, data: list[str], base: list[Path]) -> Program:
     """A program and its data. ExecuTorch trusts the tables of a program, and what is computed of an adapter's weights is kept under their
     names, so both are hashed now. The base's weights were when the bundle was opened, unless they were before and nothing touched them."""
-    for file in (variant.program, *(variant.data if base else ())):
+    for file in (program, *(data if base else ())):
         _check(bundle, file)
-    files = [*base, *(bundle.file(file) for file in variant.data)]
-    program: Program = native().Program(bundle.file(variant.program), files)
-    return program
+    opened: Program = native().Program(bundle.file(program), [*base, *map(bundle.file, data)])
+    return opened
 
 
 def _check(bundle: Bundle, file: str) -> None:

@@ -109,6 +109,12 @@ class Bundle:
             raise BundleError(f"the bundle has no file {relative!r}", where=self.path)
         return self.path / relative
 
+    def read(self, relative: str) -> bytes:
+        """The content of a file of the bundle, named as in the manifest; IntegrityError if it is not what the manifest says."""
+        self.file(relative)
+        listed = next(file for file in self.manifest.files if file.path == relative)
+        return b"".join(read_file(Folder(self.path), listed))
+
     @property
     def adapter_names(self) -> list[str]:
         """The adapters that travel inside this model."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
 import msgspec
 
@@ -74,15 +74,22 @@ class BundleWriter:
         Raises:
             ManifestError: the path is not one of a bundle, or was written already.
         """
-        check_relative(path, "BundleWriter")
-        if path in self._files:
-            raise ManifestError(f"{path!r} was written already", where="BundleWriter")
-        place = self._folder / path
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("xb") as raw:
+        with self._new(path).open("xb") as raw:
             file = HashedFile(raw)
             yield file
             self._files[path] = File(path, file.tell(), file.sha256)
+
+    @contextmanager
+    def place(self, path: str) -> Iterator[BinaryIO]:
+        """Write a file in any order; it is read once more at the end, to be hashed.
+
+        Yields:
+            The file, empty, open for reading and writing.
+        """
+        with self._new(path).open("x+b", buffering=0) as raw:
+            file = cast(BinaryIO, raw)
+            yield file
+            self._files[path] = hashed(file, path)
 
     def add_bytes(self, path: str, content: bytes) -> None:
         with self.open(path) as file:
@@ -103,6 +110,14 @@ class BundleWriter:
                     copy.write(chunk)
         self.add_file(f"{folder}/{MANIFEST}", bundle.path / MANIFEST)
         self._adapters.append(folder)
+
+    def _new(self, path: str) -> Path:
+        check_relative(path, "BundleWriter")
+        if path in self._files:
+            raise ManifestError(f"{path!r} was written already", where="BundleWriter")
+        place = self._folder / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return place
 
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest; the bundle is complete.
@@ -146,6 +161,17 @@ class HashedFile:
     def sha256(self) -> str:
         """Of what was written so far, in lower-case hex."""
         return self._digest.hexdigest()
+
+
+def hashed(file: BinaryIO, path: str) -> File:
+    """What a manifest says of a file, which is read from its beginning to its end, and left at its beginning."""
+    file.seek(0)
+    digest, size = hashlib.sha256(), 0
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+        size += len(chunk)
+    file.seek(0)
+    return File(path, size, digest.hexdigest())
 
 
 @contextmanager

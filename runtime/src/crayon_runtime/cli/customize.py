@@ -106,12 +106,13 @@ def customize(
             opened = _local(pool, keys, unsigned, api_key_file)
         started = time.perf_counter()
         model = Bundle.open(bundle)
+        backend = customized.backend_for(model, backend, folder)
+        if backend == "executorch":
+            settings = msgspec.structs.replace(settings, backend=backend)
         made_from = customized.made_from(model.model.base_fingerprint, texts, opened.manifest, settings.checked(opened))
         if not again and _nothing_changed(bundle, folder, made_from, opened, as_json):
             return
-        engine = stack.enter_context(
-            Engine.load(model, backend=customized.backend_for(model, backend), threads=threads)
-        )
+        engine = stack.enter_context(Engine.load(model, backend=backend, threads=threads))
         load_seconds = time.perf_counter() - started
         on_evaluation = stack.enter_context(
             progress("refining", settings.refine_evaluations if settings.refine else None, unit="evaluations")

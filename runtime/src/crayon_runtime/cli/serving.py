@@ -91,7 +91,7 @@ class Serving:
 
         folder = state_folder(bundle)
         customizes = self._pool(folder, hybrid) is not None or (folder / ADAPTER).is_dir()
-        return backend_for(Bundle.open(bundle), backend) if customizes else backend
+        return backend_for(Bundle.open(bundle), backend, folder) if customizes else backend
 
     def run(
         self,

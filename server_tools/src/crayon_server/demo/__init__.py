@@ -6,6 +6,7 @@ program     a process beside it, which exports the base once more, for ExecuTorc
 service     `crayon serve` with a server LLM, a process
 wire        a relay between service and device, which writes down every byte
 device      a process without torch, which customizes and answers
+customized  a process without torch, which customizes once more, in ExecuTorch
 hybrid      how good the answers of device and server LLM are, and the cost-quality curve
 backends    a process without torch, which measures the base in one backend
 comparison  both backends side by side

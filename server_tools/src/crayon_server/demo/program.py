@@ -1,4 +1,4 @@
-"""The base once more, as a program for ExecuTorch: its own exporter takes a minute of one core.
+"""The base once more, as a program for ExecuTorch: made from the template that comes with the package, or by its own exporter if there is none.
 
 Runs in a process of its own beside the building of the pool. Reads a `Job` from stdin, as JSON.
 """

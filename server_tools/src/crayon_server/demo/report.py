@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -301,10 +301,29 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class InExecutorch:
+    """A user's customization, once more in ExecuTorch.
+
+    Attributes:
+        adapter_bytes: of the adapter that the service made for the program's slots.
+        total_seconds: from the examples to the customized model.
+        exact_match: on the user's queries.
+    """
+
+    name: str
+    installed: bool
+    adapter_bytes: int
+    total_seconds: float
+    exact_match: float
+    torch_loaded: bool
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Both backends side by side.
 
     Attributes:
+        customized: what everybody's customized model does in ExecuTorch.
         prefill_tokens, decode_tokens: whose time was taken, `repetitions` times in each of `processes` processes of each backend.
     """
 
@@ -314,6 +333,7 @@ class Comparison:
     decode_tokens: int
     processes: int
     repetitions: int
+    customized: list[InExecutorch] = field(default_factory=list)
 
     def to_text(self) -> str:
         """A table in a few lines."""
@@ -333,6 +353,10 @@ class Comparison:
             f"the same answer to {agreed.same_answers} of {agreed.answers} prompts, the same best token at {agreed.same_best_token:.1%} of "
             f"{agreed.tokens}, KL {agreed.mean_kl:.3f}: each rounds the weights in its own way"
         )
+        if self.customized:
+            matches = ", ".join(f"{one.name} {one.exact_match:.0%}" for one in self.customized)
+            size = size_text(max(one.adapter_bytes for one in self.customized))
+            lines.append(f"customized in ExecuTorch, with adapters of {size} from the service: exact match {matches}")
         return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -31,10 +31,21 @@ from crayon_runtime.routing import ServerLLM
 from crayon_runtime.signing import KEYS, KeyStore, TrustedKeys
 from crayon_server.data.phone_assistant import benchmark, write
 from crayon_server.data.phone_assistant.world import translate
-from crayon_server.demo import comparison, device, hybrid, oracle, program
+from crayon_server.demo import comparison, customized, device, hybrid, oracle, program
 from crayon_server.demo.device import MODELS, Job, Measurements, Text
 from crayon_server.demo.processes import running
-from crayon_server.demo.report import KIND, Comparison, DemoReport, Line, Message, Person, PoolFacts, Routing, Score
+from crayon_server.demo.report import (
+    KIND,
+    Comparison,
+    DemoReport,
+    InExecutorch,
+    Line,
+    Message,
+    Person,
+    PoolFacts,
+    Routing,
+    Score,
+)
 from crayon_server.demo.service import serving
 from crayon_server.demo.wire import Exchange, Wire, split
 from crayon_server.evaluate.exact_match import MAX_NEW_TOKENS, judge
@@ -167,7 +178,9 @@ class _Story:
                 with self._stage("waited for the model's program for ExecuTorch, which was made meanwhile"):
                     exporting.wait()
         compared = None if missing else self._compare()
-        measured, wires, by_server = self._serve(pool)
+        measured, wires, by_server, again = self._serve(pool, in_executorch=not missing)
+        if compared is not None:
+            compared = replace(compared, customized=again)
         seconds = time.perf_counter() - started
         return self._report(exported, pool, measured, wires, by_server, compared, missing, seconds)
 
@@ -269,11 +282,17 @@ class _Story:
         with self._stage("compared the two backends, without torch"):
             return comparison.compare(self.bundles, texts, threads=self.settings.threads, folder=self.folder)
 
-    def _serve(self, pool: Pool) -> tuple[Measurements, dict[str, list[Exchange]], dict[str, str]]:
+    def _serve(
+        self, pool: Pool, *, in_executorch: bool
+    ) -> tuple[Measurements, dict[str, list[Exchange]], dict[str, str], list[InExecutorch]]:
         """Serve the pool and the server LLM, and let everybody customize and ask, each through a relay of their own.
 
+        Args:
+            in_executorch: let everybody customize once more, in ExecuTorch.
+
         Returns:
-            What the device measured; what went over the network, of each user; and what the server LLM says to each of the mixed queries.
+            What the device measured; what went over the network, of each user; what the server LLM says to each of the mixed queries;
+            and what everybody's customized model says in ExecuTorch.
         """
         from crayon_server.models import load_nano_server
 
@@ -288,9 +307,41 @@ class _Story:
                 )
             wires = {name: stack.enter_context(Wire(*service)) for name in self.users}
             measured = self._device(trusted, wires)
+            again = self._in_executorch(trusted, "http://{}:{}".format(*service)) if in_executorch else []
             with self._stage("asked the server LLM what no device had asked it, for the curve"):
                 by_server = self._by_server(measured, "http://{}:{}".format(*service))
-            return measured, {name: wire.exchanges for name, wire in wires.items()}, by_server
+            return measured, {name: wire.exchanges for name, wire in wires.items()}, by_server, again
+
+    def _in_executorch(self, trusted: Path, url: str) -> list[InExecutorch]:
+        """Customize for everybody with the program for ExecuTorch, and judge what it says."""
+        people = {
+            name: customized.Person(
+                [Text(e.prompt, e.completion) for e in user.examples],
+                [Text(q.prompt, q.completion) for q in user.queries[: self.settings.queries]],
+            )
+            for name, user in self.users.items()
+        }
+        job = customized.Job(
+            str(self.bundles["executorch"]),
+            str(trusted),
+            str(self.folder / "device/customized-executorch"),
+            url,
+            self.settings.threads,
+            people,
+        )
+        with self._stage("customized for the same users in ExecuTorch"), running(customized.__name__, job) as process:
+            done = msgspec.json.decode(process.communicate()[0], type=list[customized.Customized])
+        return [
+            InExecutorch(
+                one.name,
+                one.installed,
+                one.adapter_bytes,
+                one.total_seconds,
+                judge(one.answers, self.users[one.name].queries[: self.settings.queries], one.log_loss).exact_match,
+                one.torch_loaded,
+            )
+            for one in done
+        ]
 
     def _device(self, trusted: Path, wires: dict[str, Wire]) -> Measurements:
         people = {
@@ -303,8 +354,8 @@ class _Story:
             )
             for name, user in self.users.items()
         }
-        customized = str(self.folder / "device/customized")
-        job = Job(str(self.bundle), str(trusted), customized, self.settings.threads, people, SHARED_PROMPT)
+        kept = str(self.folder / "device/customized")
+        job = Job(str(self.bundle), str(trusted), kept, self.settings.threads, people, SHARED_PROMPT)
         what = "customized for three users over HTTP, and answered their queries, without torch"
         with (
             self._stage(what),

@@ -27,6 +27,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from crayon_runtime._version import __version__
 from crayon_runtime.affinity import LARGEST_WEIGHT
+from crayon_runtime.errors import AdapterError
 from crayon_runtime.pool import PoolManifest
 from crayon_runtime.server.asgi import authorized, read_body
 from crayon_runtime.signing import KeyStore, SigningKey, sign_document
@@ -170,7 +171,12 @@ def _customization_routes(manifest: PoolManifest, made: Customizations, metrics:
                 where="pool_version",
                 do="get /v1/pool and compute alpha again",
             )
-        order = made.order(wanted.alpha, wanted.dtype, wanted.rank_limit, wanted.prototypes)
+        if (wanted.backend == "executorch") != (wanted.slots is not None):
+            raise Refused(409, "slots belong to an adapter for executorch, and only to one", where="slots")
+        try:
+            order = made.order(wanted.alpha, wanted.dtype, wanted.rank_limit, wanted.prototypes, wanted.slots)
+        except AdapterError as e:
+            raise Refused(409, e.what, where="slots", do=e.do) from None
         if (path := made.find(order.name)) is not None:
             metrics.hit()
             return _archive(path)
@@ -223,11 +229,21 @@ def _schema(manifest: PoolManifest) -> dict[str, Any]:
     lowest = -LARGEST_WEIGHT if manifest.weighting.signed else 0.0
     weight = {"type": "number", "minimum": lowest, "maximum": LARGEST_WEIGHT}
     count = manifest.adapters
-    (_,), components = msgspec.json.schema_components([Request])
-    schema: dict[str, Any] = components["Request"]
+    schema: dict[str, Any] = _inlined({"$ref": "#/$defs/Request"}, msgspec.json.schema(Request)["$defs"])
     schema["properties"] |= {
         "base_fingerprint": {"const": manifest.base_fingerprint},
         "pool_version": {"const": manifest.version},
         "alpha": {"type": "array", "items": weight, "minItems": count, "maxItems": count},
     }
     return schema
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """A JSON Schema with what it refers to in its place."""
+    if isinstance(schema, list):
+        return [_inlined(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(value, definitions) for key, value in schema.items()}

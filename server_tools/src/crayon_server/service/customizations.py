@@ -16,14 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
 from crayon_runtime.affinity import check_alpha
+from crayon_runtime.backends.executorch_adapter import check_fit, nbytes
 from crayon_runtime.blend import Blended, onnx_tensors
 from crayon_runtime.bundle import write_adapter_archive
-from crayon_runtime.errors import OutputError
-from crayon_runtime.manifest import MOST_PROTOTYPES, PRODUCER, AdapterDtype, PoolVersion, Sha256
+from crayon_runtime.errors import AdapterError, OutputError
+from crayon_runtime.manifest import MOST_PROTOTYPES, PRODUCER, AdapterDtype, PoolVersion, ProgramSlots, Sha256
 from crayon_runtime.prototypes import SIZE
 from crayon_runtime.signing import sign_document
 
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 DECIMALS = 4
 """Of alpha. Noise of 0.02 costs at most two points of exact match on the generated benchmark, so this costs nothing."""
 LARGEST_RANK = 1 << 16
+LARGEST_DATA = 1 << 31
+"""Bytes of an adapter for ExecuTorch."""
 LONGEST_QUEUE = 32
 """Adapters that wait to be made. At 7B, one takes less than a second."""
 
@@ -51,8 +55,9 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
     base_fingerprint: Sha256
     pool_version: PoolVersion
     alpha: Annotated[list[float], Meta(max_length=4096, description="the weight of each adapter of the pool")]
-    backend: Literal["onnx"] = "onnx"
-    dtype: Annotated[AdapterDtype, Meta(description="what the adapter's matrices are stored in")] = "fp16"
+    backend: Literal["onnx", "executorch"] = "onnx"
+    """Whom the adapter is for."""
+    dtype: Annotated[AdapterDtype, Meta(description="what an adapter for onnx is stored in")] = "fp16"
     # JSON Schema takes 8.0 for an integer; msgspec does not.
     rank_limit: Annotated[float, Meta(ge=1, le=LARGEST_RANK, multiple_of=1)] | None = None
     """An adapter of a larger rank is truncated to it."""
@@ -65,6 +70,8 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
             description="how many come with the adapter, if the pool has as many",
         ),
     ] = SIZE
+    slots: Annotated[ProgramSlots | None, Meta(description="of the device's program; for executorch")] = None
+    """An adapter of a larger rank is truncated to theirs."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,8 @@ class Order:
     dtype: AdapterDtype
     prototypes: int
     """How many come with it."""
+    slots: ProgramSlots | None
+    """That it fills; None: it is for ONNX Runtime."""
 
 
 class QueueFull(Exception):
@@ -122,11 +131,17 @@ class Customizations:
         dtype: AdapterDtype = "fp16",
         rank_limit: float | None = None,
         prototypes: float = SIZE,
+        slots: ProgramSlots | None = None,
     ) -> Order:
         """What is asked for by alpha, rounded to `DECIMALS`. Nothing is computed.
 
+        Args:
+            dtype: of an adapter for ONNX Runtime.
+            slots: for an adapter for ExecuTorch.
+
         Raises:
             InvalidInput: alpha cannot be blended.
+            AdapterError: the blend does not fit the slots.
         """
         manifest = self._pool.manifest
         checked = check_alpha(alpha, manifest.adapters, signed=manifest.weighting.signed)
@@ -134,10 +149,16 @@ class Customizations:
         blended = self._pool.blend(rounded)
         if rank_limit is not None:
             blended = blended.limited(int(rank_limit))
+        if slots is not None:
+            blended = blended.limited(slots.rank)
+            check_fit(onnx_tensors(blended), slots)
+            if nbytes(slots) > LARGEST_DATA:
+                raise AdapterError(f"the slots hold {nbytes(slots)} bytes, more than {LARGEST_DATA}")
         count = min(int(prototypes), manifest.prototypes.count) if manifest.prototypes else 0
         digest = hashlib.sha256(rounded.astype("<f8").tobytes())
-        digest.update(f"{dtype} {blended.rank} {count} ".encode() + self._context)
-        return Order(digest.hexdigest()[:32], rounded, blended, dtype, count)
+        stored = dtype.encode() if slots is None else msgspec.json.encode(slots)
+        digest.update(stored + f" {blended.rank} {count} ".encode() + self._context)
+        return Order(digest.hexdigest()[:32], rounded, blended, dtype, count, slots)
 
     def find(self, name: str) -> Path | None:
         """An archive that was made before and is still here, by the name of its order."""
@@ -195,7 +216,8 @@ class Customizations:
             onnx_tensors(order.blended),
             name=f"{manifest.name[:64]}-{manifest.version}-{order.name[:12]}",
             base_fingerprint=manifest.base_fingerprint,
-            dtype=order.dtype,
+            dtype=order.dtype if order.slots is None else None,
+            executorch=order.slots,
             pool=manifest.origin,
             prototypes=prototypes.picked(order.alpha, order.prototypes) if prototypes else None,
             sign=partial(sign_document, key=self._key) if self._key is not None else None,

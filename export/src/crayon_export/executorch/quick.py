@@ -1,0 +1,273 @@
+"""ExecuTorch's exporter without the work that it does over and over.
+
+Three quarters of what it does for a deep model is the same in every layer, or repeated over the whole program. Within `quick` some of
+its functions are replaced by ones that remember, and come to the same result; tests hold both ways to the same bytes. What is replaced
+is compared with the code that this was written for.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+from weakref import WeakSet
+
+import torch
+from executorch.backends.xnnpack import xnnpack_preprocess
+from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import XNNGraph
+from executorch.backends.xnnpack.xnnpack_preprocess import DEFAULT_DEBUG_HANDLE, XnnpackBackend
+from executorch.exir._serialize._cord import FileBackedData
+from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
+from executorch.exir.backend.backend_details import BackendDetails, CompileSpec, PreprocessResult
+from torch.export import ExportedProgram
+
+from crayon_export.executorch.template import Slot
+from crayon_runtime.errors import BackendError
+
+
+class StandIn(NamedTuple):
+    """A constant that is one."""
+
+    slot: Slot
+    packed_name: Callable[[], str]
+    """What XNNPACK calls it."""
+
+
+Identify = Callable[[torch.Tensor], "StandIn | None"]
+
+
+class Absent(FileBackedData):  # type: ignore[misc]
+    """The bytes of a stand-in, in the eyes of the exporter, which asks how many there are and compares them with others."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+    def __len__(self) -> int:
+        return self.slot.nbytes
+
+    def __deepcopy__(self, _: object) -> Absent:
+        return self
+
+    def prefix(self, size: int) -> bytes:
+        return self.sha256()[:size]
+
+    def sha256(self) -> bytes:
+        return hashlib.sha256(f"{self.slot.tensor} {self.slot.part}".encode()).digest()
+
+    def to_bytes(self) -> bytes:
+        raise AssertionError(self.slot)
+
+    def write_to_file(self, _: object) -> None:
+        raise AssertionError(self.slot)
+
+
+@contextmanager
+def quick(identify: Identify) -> Iterator[None]:
+    """Within, the exporter lowers a model of stand-ins quickly, and calls them by the names of their slots.
+
+    Raises:
+        BackendError: the exporter is not the one that this was written for.
+    """
+    _check()
+    with (
+        patch.object(XnnpackBackend, "preprocess", staticmethod(_Preprocess(identify))),
+        # All parts would be copied before the first one is compiled. `_Preprocess` copies the one at hand.
+        patch.object(XnnpackBackend, "copy_exported_program_for_preprocess", _not_copied),
+        patch.object(ExportedProgram, "run_decompositions", _decompositions()),
+        patch.object(torch._library.utils, "is_builtin", _is_remembered),
+    ):
+        yield
+
+
+def _not_copied(program: ExportedProgram, _: list[CompileSpec]) -> ExportedProgram:
+    return program
+
+
+class _Part(NamedTuple):
+    """A part of a program that XNNPACK takes."""
+
+    key: tuple[Any, ...]
+    """Everything that its compiler sees, but for which stand-ins they are, and the numbers that nodes have in debugging."""
+    stand_ins: list[StandIn]
+    """In order."""
+    handles: list[int]
+    """The numbers, in order."""
+
+
+class _Compiled(NamedTuple):
+    """What became of the first part of a kind."""
+
+    graph: XNNGraph
+    data: NamedDataStoreOutput
+    stand_ins: Mapping[str, int]
+    """Which of the part's, by the name that XNNPACK gave it."""
+    handles: Mapping[int, int]
+    """Which of the part's."""
+
+
+class _Preprocess:
+    """XNNPACK's compiler: each kind of part is compiled once."""
+
+    def __init__(self, identify: Identify) -> None:
+        self._identify = identify
+        self._compile = XnnpackBackend.preprocess
+        self._known: dict[tuple[Any, ...], _Compiled] = {}
+
+    def __call__(self, edge_program: ExportedProgram, compile_specs: list[CompileSpec]) -> PreprocessResult:
+        part = _part(edge_program, compile_specs, self._identify)
+        compiled = self._known.get(part.key)
+        if compiled is None:
+            compiled = self._known[part.key] = self._compiled(edge_program, compile_specs, part)
+
+        def name(key: str) -> str:
+            index = compiled.stand_ins.get(key)
+            return key if index is None else part.stand_ins[index].slot.name
+
+        graph = copy.deepcopy(compiled.graph)
+        for constant in graph.constant_data:
+            constant.named_key = name(constant.named_key)
+        for node in graph.xnodes:
+            if node.debug_handle != DEFAULT_DEBUG_HANDLE:
+                node.debug_handle = part.handles[compiled.handles[node.debug_handle]]
+        buffers = list(compiled.data.buffers)
+        outside = {
+            tag: {name(k): e for k, e in entries.items()} for tag, entries in compiled.data.external_data.items()
+        }
+        inside = {name(k): e for k, e in compiled.data.pte_data.items()}
+        by_name = {x.slot.name: x.slot for x in part.stand_ins}
+        for entries in (inside, *outside.values()):
+            for key, entry in entries.items():
+                if key in by_name:
+                    buffers[entry.buffer_index] = Absent(by_name[key])
+        processed = xnnpack_preprocess.serialize_xnnpack_binary(graph, bytearray())
+        return PreprocessResult(processed, {}, NamedDataStoreOutput(buffers, inside, outside))
+
+    def _compiled(self, edge_program: ExportedProgram, compile_specs: list[CompileSpec], part: _Part) -> _Compiled:
+        graphs: list[XNNGraph] = []
+        serialize = xnnpack_preprocess.serialize_xnnpack_binary
+
+        def seen(graph: XNNGraph, constants: bytearray) -> bytes:
+            assert not constants
+            graphs.append(graph)
+            return bytes(serialize(graph, constants))
+
+        with patch.object(xnnpack_preprocess, "serialize_xnnpack_binary", seen):
+            result = self._compile(copy.deepcopy(edge_program), compile_specs)
+        (graph,) = graphs
+        assert not result.debug_handle_map
+        data = result.data_store_output
+        stand_ins = {x.packed_name(): index for index, x in enumerate(part.stand_ins)}
+        # What is known of a stand-in is its length; the bytes that stood for it are dropped.
+        buffers: list[Any] = list(data.buffers)
+        for entries in (data.pte_data, *data.external_data.values()):
+            for key, entry in entries.items():
+                if key in stand_ins:
+                    slot = part.stand_ins[stand_ins[key]].slot
+                    assert slot.nbytes == len(buffers[entry.buffer_index])
+                    buffers[entry.buffer_index] = Absent(slot)
+        handles = {handle: index for index, handle in enumerate(part.handles)}
+        return _Compiled(graph, NamedDataStoreOutput(buffers, data.pte_data, data.external_data), stand_ins, handles)
+
+
+def _part(program: ExportedProgram, specs: list[CompileSpec], identify: Identify) -> _Part:
+    signature = program.graph_signature
+    kinds = {spec.arg.name: spec.kind.name for spec in signature.input_specs}
+    targets = {spec.arg.name: spec.target for spec in signature.input_specs if spec.target}
+    order: dict[torch.fx.Node, int] = {}
+    stand_ins: list[StandIn] = []
+    handles: dict[int, int] = {}
+    nodes: list[Any] = []
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.fx.Node):
+            return "node", order[value]
+        if isinstance(value, list | tuple):
+            return tuple(plain(v) for v in value)
+        if isinstance(value, dict):
+            return tuple((k, plain(v)) for k, v in value.items())
+        if isinstance(value, torch.Tensor):
+            return str(value.dtype), tuple(map(str, value.shape)), tuple(map(str, value.stride()))
+        return type(value).__name__, str(value)
+
+    def constant(name: str) -> Any:
+        target = targets[name]
+        tensor = program.state_dict[target] if target in program.state_dict else program.constants[target]
+        stand_in = identify(tensor)
+        if stand_in is None:
+            return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+        names = [x.slot.name for x in stand_ins]
+        if stand_in.slot.name not in names:
+            stand_ins.append(stand_in)
+            names.append(stand_in.slot.name)
+        return names.index(stand_in.slot.name)
+
+    for node in program.graph.nodes:
+        order[node] = len(order)
+        handle = node.meta.get("debug_handle")
+        nodes.append(
+            (
+                node.op,
+                # The names of placeholders differ; what they are is in the signature.
+                f"{node.target}" if node.op == "call_function" else "",
+                plain(node.args),
+                plain(node.kwargs),
+                plain(node.meta.get("val")),
+                plain(node.meta.get("custom")),
+                node.name in targets and (kinds[node.name], constant(node.name)),
+                None if handle is None else handles.setdefault(handle, len(handles)),
+            )
+        )
+    ranges = {str(symbol): str(r) for symbol, r in program.range_constraints.items()}
+    compile_specs = tuple((spec.key, bytes(spec.value)) for spec in specs)
+    return _Part((tuple(nodes), tuple(ranges.items()), compile_specs), stand_ins, list(handles))
+
+
+def _decompositions() -> Callable[..., ExportedProgram]:
+    """`ExportedProgram.run_decompositions`, that leaves a program alone that it has made, and in which nothing is to be decomposed."""
+    run = ExportedProgram.run_decompositions
+    made: WeakSet[ExportedProgram] = WeakSet()
+
+    def run_decompositions(program: ExportedProgram, table: Any = None, *args: Any, **kwargs: Any) -> ExportedProgram:
+        if program in made and table is not None:
+            modules = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+            targets = {node.target for m in modules for node in m.graph.nodes if node.op == "call_function"}
+            if not any(target in table for target in targets - _INDIVISIBLE):
+                return program
+        done: ExportedProgram = run(program, table, *args, **kwargs)
+        made.add(done)
+        return done
+
+    return run_decompositions
+
+
+def _is_remembered(op: torch._ops.OpOverload) -> bool:
+    """Whether the shape of a result may be remembered for arguments of the same shapes: torch's own operators, and those with which torchao
+    quantizes and dequantizes, each of which it takes apart into a dozen others to find out."""
+    return op.namespace in ("aten", "prim", "prims") or op.name() in _OF_TORCHAO
+
+
+_OF_TORCHAO = {f"torchao::{name}" for name in ("choose_qparams_affine", "quantize_affine", "dequantize_affine")}
+
+_INDIVISIBLE = {torch.ops.aten.sym_size.int}
+"""What tables of decompositions name, and nothing comes of it."""
+
+_WRITTEN_FOR = {
+    XnnpackBackend.preprocess: "",
+    BackendDetails.copy_exported_program_for_preprocess: "",
+    BackendDetails.preprocess_multimethod: "",
+    ExportedProgram.run_decompositions: "",
+}
+"""SHA-256 of the sources."""
+
+
+def _check() -> None:
+    for function, digest in _WRITTEN_FOR.items():
+        if digest and hashlib.sha256(inspect.getsource(function).encode()).hexdigest() != digest:
+            raise BackendError(
+                f"{function.__qualname__} of the installed packages is not what this version of crayon-edge knows",
+                do="install the versions of the extra 'pte', or use --official",
+            )
