@@ -238,6 +238,16 @@ def test_methods_that_cannot_be_used(files: Programs, model: Any, adapter: Any) 
     after_prompt(cache)
 
 
+def test_a_program_need_not_be_in_a_file(files: Programs, model: Any) -> None:
+    content = files.model.path.read_bytes()
+    program = native.Program("in memory", files.model.data, program=content)
+    np.testing.assert_array_equal(after_prompt(started(program, "forward")), after_prompt(started(model, "forward")))
+    for damaged in (b"", content[:1000], b"something else" * 100):
+        with pytest.raises(native.NativeError, match="in memory|empty") as e:
+            native.Program("in memory", files.model.data, program=damaged)
+        assert e.value.status == Status.BAD_PROGRAM
+
+
 class TestFiles:
     def run(self, program: Path, *data: Path) -> None:
         started(native.Program(program, data), "forward").step([1], 0)
@@ -370,7 +380,9 @@ def test_a_trace_has_the_time_of_every_operator(model: Any, tmp_path: Path) -> N
     events = [e for b in steps for e in b.events]
     names = {e.name for e in events}
     assert {"native_call_custom_sdpa.out", "native_call_update_cache.out", "DELEGATE_CALL"} <= names
-    assert any(e.is_delegated_op and "Fully Connected" in e.name for e in events)
+    assert any(e.is_delegated_op and "Fully Connected" in e.name for e in events), "XNNPACK computes layers in float32"
+    ours = {"linear 80x64 40x64 40x64", "linear 160x64 160x64", "linear 64x160", "linear 320x64", "elementwise"}
+    assert ours <= names
     assert sum(len(b.events[0].perf_data.raw) for b in steps) == 2
 
     cache.trace(tmp_path / "none/steps.etdump")

@@ -165,112 +165,113 @@ std::unique_ptr<LinearWeights> LinearWeights::int8(const int8_t* codes, const fl
   return made;
 }
 
-// Rows of the products of one call, in pieces that threads take.
-struct LinearJob {
-  const LinearKernels& kernels;
-  const LinearCall* calls;
-  size_t count;
-  const std::vector<const Input*>& inputs;  // of the calls
-  const std::vector<const Input*>& ones;    // of the calls; null where offsets are known
-  int64_t tokens, rows_per_task;
-  size_t panel_bytes;
-
-  int64_t tasks_of(const LinearCall& call) const { return (call.weights->rows + rows_per_task - 1) / rows_per_task; }
-
-  void run(int64_t index) const {
-    size_t c = 0;
-    for (; index >= tasks_of(calls[c]); ++c) index -= tasks_of(calls[c]);
-    const LinearWeights& w = *calls[c].weights;
-    const int64_t first = index * rows_per_task, last = std::min(w.rows, first + rows_per_task);
-    const QuantizedTokens& x = inputs[c]->tokens;
-    if (w.group_size == 0) return kernels.int8_tokens(w.int8_, x, first, last, calls[c].out);
-    if (ones[c]) kernels.int4_offsets(w.int4_, ones[c]->tokens, first, last);
-    if (tokens == 1) return kernels.int4_token(w.int4_, x, first, last, calls[c].out);
-    static thread_local Workspace panel;
-    kernels.int4_tokens(w.int4_, x, first, last, calls[c].out, panel.reserve(panel_bytes));
+// The products of one call: their inputs, and their rows in pieces that threads take.
+class LinearJob {
+ public:
+  LinearJob(const LinearCall* calls, size_t count, int64_t tokens) : kernels_(chosen_kernels()), tokens_(tokens) {
+    inputs_.reserve(2 * count);
+    for (size_t c = 0; c < count; ++c) {
+      const LinearWeights& w = *calls[c].weights;
+      const bool sums_rows = w.group_size && !w.offsets_->known;
+      products_.push_back({&calls[c], find(calls[c].in, w.width, w.group_size),
+                           sums_rows ? find(nullptr, w.width, w.group_size) : nothing, 0});
+      bytes_ += w.bytes();
+      rows_ += w.rows;
+      if (w.group_size) panel_bytes_ = std::max(panel_bytes_, kernels_.int4_workspace(w.width, w.group_size));
+    }
   }
+
+  void run(const ParallelFor& parallel) {
+    const ParallelFor alone{};
+    place_inputs();
+    const auto inputs = static_cast<int64_t>(inputs_.size());
+    share(tokens_ > 1 ? parallel : alone, tokens_ * inputs, [&](int64_t i) {
+      Input& input = inputs_[static_cast<size_t>(i % inputs)];
+      if (input.x) input.quantize(kernels_, i / inputs);
+    });
+
+    const int64_t step = kernels_.lanes, threads = parallel.run ? parallel.threads : 1;
+    rows_per_task_ = std::clamp(round_up(rows_ / (threads * tasks_per_thread), step), step, 16 * step);
+    int64_t tasks = 0;
+    for (Product& product : products_) {
+      product.first_task = tasks;
+      tasks += (product.call->weights->rows + rows_per_task_ - 1) / rows_per_task_;
+    }
+    const bool few = bytes_ * static_cast<size_t>(tokens_) < alone_bytes;
+    share(few ? alone : parallel, tasks, [&](int64_t i) { compute(i); });
+    for (const Product& product : products_) {
+      if (product.ones != nothing) product.call->weights->offsets_->known = true;
+    }
+  }
+
+ private:
+  static constexpr size_t nothing = ~size_t{0};
+  struct Product {
+    const LinearCall* call;
+    size_t input, ones;  // of `inputs_`; `ones` to compute the sums of rows with, where they are not known
+    int64_t first_task;
+  };
+
+  // The place of an input; of a token of ones, if `x` is null. Groups of two sizes want it twice.
+  size_t find(const float* x, int64_t width, int64_t group_size) {
+    auto found = std::find_if(inputs_.begin(), inputs_.end(), [&](const Input& i) {
+      return i.x == x && i.width == width && (i.group_size == group_size || !group_size || !i.group_size);
+    });
+    if (found == inputs_.end()) found = inputs_.insert(inputs_.end(), Input{.x = x, .width = width});
+    if (group_size) found->group_size = group_size;
+    return static_cast<size_t>(found - inputs_.begin());
+  }
+
+  void place_inputs() {
+    static Workspace workspace;
+    const auto place = [&](uint8_t* block) {
+      Pieces pieces(block);
+      for (Input& input : inputs_) input.place(pieces, kernels_, input.x ? tokens_ : 1);
+      return pieces.used();
+    };
+    place(static_cast<uint8_t*>(workspace.reserve(place(nullptr))));
+    for (Input& input : inputs_) {
+      if (input.x) continue;
+      for (int64_t i = 0; i < input.tokens.plain_stride; ++i) input.bytes[i] = i < input.width;
+      kernels_.to_pairs(input.bytes, input.width, input.pairs, input.tokens.pairs_size, input.lane_sums);
+    }
+  }
+
+  void compute(int64_t task) const {
+    auto product = products_.end() - 1;
+    while (product->first_task > task) --product;
+    const LinearWeights& w = *product->call->weights;
+    const int64_t first = (task - product->first_task) * rows_per_task_;
+    const int64_t last = std::min(w.rows, first + rows_per_task_);
+    const QuantizedTokens& x = inputs_[product->input].tokens;
+    float* out = product->call->out;
+    if (w.group_size == 0) return kernels_.int8_tokens(w.int8_, x, first, last, out);
+    if (product->ones != nothing) kernels_.int4_offsets(w.int4_, inputs_[product->ones].tokens, first, last);
+    if (tokens_ == 1) return kernels_.int4_token(w.int4_, x, first, last, out);
+    static thread_local Workspace panel;
+    kernels_.int4_tokens(w.int4_, x, first, last, out, panel.reserve(panel_bytes_));
+  }
+
+  template <typename Task>
+  static void share(const ParallelFor& parallel, int64_t tasks, const Task& task) {
+    if (parallel.run && parallel.threads > 1 && tasks > 1) {
+      parallel.run(
+          parallel.pool, tasks, [](void* state, int64_t i) { (*static_cast<const Task*>(state))(i); },
+          const_cast<void*>(static_cast<const void*>(&task)));
+    } else {
+      for (int64_t i = 0; i < tasks; ++i) task(i);
+    }
+  }
+
+  const LinearKernels& kernels_;
+  int64_t tokens_, rows_ = 0, rows_per_task_ = 0;
+  std::vector<Input> inputs_;
+  std::vector<Product> products_;
+  size_t bytes_ = 0, panel_bytes_ = 0;
 };
 
-namespace {
-
-template <typename Task>
-void run_tasks(const ParallelFor& parallel, int64_t tasks, const Task& task) {
-  if (parallel.run && parallel.threads > 1 && tasks > 1) {
-    parallel.run(
-        parallel.pool, tasks, [](void* state, int64_t i) { (*static_cast<const Task*>(state))(i); },
-        const_cast<void*>(static_cast<const void*>(&task)));
-  } else {
-    for (int64_t i = 0; i < tasks; ++i) task(i);
-  }
-}
-
-}  // namespace
-
 void run_linears(const LinearCall* calls, size_t count, int64_t tokens, const ParallelFor& parallel) {
-  const LinearKernels& kernels = chosen_kernels();
-  static Workspace workspace;
-
-  // What is to be rounded: each input once for every size of groups.
-  std::vector<Input> distinct;
-  distinct.reserve(2 * count);
-  std::vector<size_t> which(count), which_ones(count);
-  constexpr size_t none = ~size_t{0};
-  size_t bytes = 0, panel_bytes = 0;
-  const auto find = [&](const float* x, int64_t width, int64_t group_size) {
-    const auto same = [&](const Input& i) {
-      return i.x == x && i.width == width && (i.group_size == group_size || group_size == 0 || i.group_size == 0);
-    };
-    auto found = std::find_if(distinct.begin(), distinct.end(), same);
-    if (found == distinct.end()) found = distinct.insert(distinct.end(), Input{.x = x, .width = width});
-    if (group_size) found->group_size = group_size;
-    return static_cast<size_t>(found - distinct.begin());
-  };
-  for (size_t c = 0; c < count; ++c) {
-    const LinearWeights& w = *calls[c].weights;
-    bytes += w.bytes();
-    which[c] = find(calls[c].in, w.width, w.group_size);
-    which_ones[c] = w.group_size && !w.offsets_->known ? find(nullptr, w.width, w.group_size) : none;
-    if (w.group_size) panel_bytes = std::max(panel_bytes, kernels.int4_workspace(w.width, w.group_size));
-  }
-  const auto place = [&](uint8_t* block) {
-    Pieces pieces(block);
-    for (Input& input : distinct) input.place(pieces, kernels, input.x ? tokens : 1);
-    return pieces.used();
-  };
-  place(static_cast<uint8_t*>(workspace.reserve(place(nullptr))));
-  for (Input& input : distinct) {
-    if (input.x) continue;
-    // Tokens of ones: products with them are the sums of rows.
-    for (int64_t i = 0; i < input.tokens.plain_stride; ++i) input.bytes[i] = i < input.width;
-    kernels.to_pairs(input.bytes, input.width, input.pairs, input.tokens.pairs_size, input.lane_sums);
-  }
-  std::vector<Input*> rounded;
-  for (Input& input : distinct) {
-    if (input.x) rounded.push_back(&input);
-  }
-  const auto inputs_of_tokens = static_cast<int64_t>(rounded.size());
-  const auto quantize = [&](int64_t i) { rounded[i % inputs_of_tokens]->quantize(kernels, i / inputs_of_tokens); };
-  const ParallelFor alone{};
-  run_tasks(tokens > 1 ? parallel : alone, tokens * inputs_of_tokens, quantize);
-
-  std::vector<const Input*> inputs(count), ones(count);
-  int64_t rows = 0;
-  for (size_t c = 0; c < count; ++c) {
-    inputs[c] = &distinct[which[c]];
-    ones[c] = which_ones[c] == none ? nullptr : &distinct[which_ones[c]];
-    rows += calls[c].weights->rows;
-  }
-  const int64_t step = kernels.lanes;
-  const int64_t threads = parallel.run ? parallel.threads : 1;
-  const int64_t rows_per_task = std::clamp(round_up(rows / (threads * tasks_per_thread), step), step, 16 * step);
-  LinearJob job{kernels, calls, count, inputs, ones, tokens, rows_per_task, panel_bytes};
-  int64_t tasks = 0;
-  for (size_t c = 0; c < count; ++c) tasks += job.tasks_of(calls[c]);
-  const bool small = bytes * static_cast<size_t>(tokens) < alone_bytes;
-  run_tasks(small ? alone : parallel, tasks, [&](int64_t i) { job.run(i); });
-  for (size_t c = 0; c < count; ++c) {
-    if (calls[c].weights->offsets_) calls[c].weights->offsets_->known = true;
-  }
+  LinearJob(calls, count, tokens).run(parallel);
 }
 
 }  // namespace crayon

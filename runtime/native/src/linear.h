@@ -51,8 +51,7 @@ class LinearWeights {
   size_t bytes() const { return static_cast<size_t>(rows * width) / (group_size ? 2 : 1); }
 
  private:
-  friend struct LinearJob;
-  friend void run_linears(const struct LinearCall*, size_t, int64_t, const ParallelFor&);
+  friend class LinearJob;
   Int4Rows int4_;
   Int8Rows int8_;
   std::vector<uint8_t> last_codes_;
