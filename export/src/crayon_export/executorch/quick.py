@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from executorch.backends.xnnpack import xnnpack_preprocess
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import XNNGraph
@@ -23,6 +24,8 @@ from executorch.backends.xnnpack.xnnpack_preprocess import DEFAULT_DEBUG_HANDLE,
 from executorch.exir._serialize._cord import FileBackedData
 from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
 from executorch.exir.backend.backend_details import BackendDetails, CompileSpec, PreprocessResult
+from torch._dynamo.variables import builder
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
 from crayon_export.executorch.template import Slot
@@ -79,6 +82,7 @@ def quick(identify: Identify) -> Iterator[None]:
         patch.object(XnnpackBackend, "copy_exported_program_for_preprocess", _not_copied),
         patch.object(ExportedProgram, "run_decompositions", _decompositions()),
         patch.object(torch._library.utils, "is_builtin", _is_remembered),
+        patch.object(builder, "_clone_input", _cloned_input()),
     ):
         yield
 
@@ -242,6 +246,36 @@ def _decompositions() -> Callable[..., ExportedProgram]:
         return done
 
     return run_decompositions
+
+
+def _cloned_input() -> Callable[[Any, Any], Any]:
+    """dynamo's `_clone_input`, that leaves weights alone: it copies them all for the case that their values decide what is traced."""
+    clone = builder._clone_input
+
+    def clone_input(value: Any, fake_mode: Any) -> Any:
+        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+            return value
+        return clone(value, fake_mode)
+
+    return clone_input
+
+
+@contextmanager
+def lazy_zeros() -> Iterator[None]:
+    """Within, `torch.zeros` takes no memory before something is written; KV caches are gigabytes that nobody reads."""
+    zeros = torch.zeros
+
+    def lazy(*size: Any, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        made: torch.Tensor = zeros(*size, dtype=dtype, device="meta", **kwargs)
+        if device not in (None, "cpu", torch.device("cpu")) or made.dtype not in (torch.float32, torch.int8):
+            return zeros(*size, dtype=dtype, device=device, **kwargs)
+        if device is None and torch.get_default_device().type != "cpu":
+            return zeros(*size, dtype=dtype, **kwargs)
+        numbers = np.zeros(tuple(made.shape), np.float32 if made.dtype == torch.float32 else np.int8)
+        return torch.from_numpy(numbers)
+
+    with patch.object(torch, "zeros", lazy):
+        yield
 
 
 def _is_remembered(op: torch._ops.OpOverload) -> bool:
