@@ -105,12 +105,12 @@ class Needs:
         """The wheel of `crayon_native` for this machine. Beside its folder lies what it was built from."""
         return _built("build/native/wheel/*.whl")
 
-    def attention_library(self) -> Path:
-        """The attention kernels behind C functions for tests."""
-        return _built("build/native/libattention_test.so", "CRAYON_ATTENTION_LIBRARY")
+    def kernels_library(self) -> Path:
+        """The kernels behind C functions for tests."""
+        return _built("build/native/libkernels_test.so", "CRAYON_KERNELS_LIBRARY")
 
     def sanitized_library(self, name: str = "libcrayon_native.so") -> Path:
-        """A library, or `libattention_test.so`, with AddressSanitizer: for a process that was started with LD_PRELOAD."""
+        """A library, or `libkernels_test.so`, with AddressSanitizer: for a process that was started with LD_PRELOAD."""
         return _built("build/native-sanitized/libcrayon_native.so", "CRAYON_NATIVE_ASAN").with_name(name)
 
     def aarch64(self) -> Path:

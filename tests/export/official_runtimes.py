@@ -18,7 +18,7 @@ PROMPT, TOKENS = "Once upon a time there was", 24
 
 def by_runtime(bundle: Path, ids: list[int]) -> tuple[list[int], float]:
     """Greedy tokens of `forward`, and the largest difference of its logits from those of `forward_tap`."""
-    program = Runtime.get().load_program(bundle / "model.pte", data_path=bundle / "model.ptd")
+    program = Runtime.get().load_program(bundle / "model.pte", data_path=next(bundle.glob("model.ptd"), None))
     forward, tapped = program.load_method("forward"), program.load_method("forward_tap")
     fed, position, tokens, largest = ids, 0, [], 0.0
     while len(tokens) < TOKENS:
@@ -32,7 +32,8 @@ def by_runtime(bundle: Path, ids: list[int]) -> tuple[list[int], float]:
 
 
 def by_runner(bundle: Path) -> str:
-    runner = TextLLMRunner(str(bundle / "model.pte"), str(bundle / "tokenizer.json"), str(bundle / "model.ptd"))
+    data = [str(path) for path in bundle.glob("model.ptd")]  # a program in a single file has none
+    runner = TextLLMRunner(str(bundle / "model.pte"), str(bundle / "tokenizer.json"), *data)
     config = GenerationConfig(echo=False, temperature=0.0, max_new_tokens=TOKENS, num_bos=1)
     pieces: list[str] = []
     runner.generate(PROMPT, config, token_callback=pieces.append)

@@ -71,14 +71,15 @@ def _run(to: Path, method: str, program: Path, *data: Path) -> None:
     from executorch.kernels import quantized  # noqa: F401
     from executorch.runtime import Runtime
 
-    # This runtime takes one data file: those of an adapter are put together.
+    # This runtime takes one data file: those of an adapter are put together. A program in a single file takes none.
     payloads = [FlatTensorSerializer().deserialize(Cord(path.read_bytes())) for path in data]
     buffers, named = [], {}
     for payload in payloads:
         named |= {k: _moved(entry, len(buffers)) for k, entry in payload.named_data.items()}
         buffers += payload.buffers
-    merged = to.with_suffix(".ptd")
-    merged.write_bytes(bytes(FlatTensorSerializer().serialize(DataPayload(buffers, named))))
+    merged = to.with_suffix(".ptd") if data else None
+    if merged is not None:
+        merged.write_bytes(bytes(FlatTensorSerializer().serialize(DataPayload(buffers, named))))
 
     run = Runtime.get().load_program(program, data_path=merged).load_method(method)
     fed, position, tokens, steps = list(PROMPT), 0, [], []

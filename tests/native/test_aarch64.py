@@ -74,10 +74,12 @@ def test_the_golden_cases_pass(board: Board, backend: str, tmp_path: Path) -> No
 def test_the_kernels_compute_what_numpy_does(board: Board) -> None:
     # All of them take minutes there.
     shapes = "(shapes and 4-100) or (any_position and 257) or (zero_points and 100) or largest or masks or pieces"
-    options = ["-q", "-p", "no:cacheprovider", "-k", f"{BEST[board.processor]} and ({shapes}) or rounded or errors"]
-    library = board.files / "libattention_test.so"
+    products = "(int4 and 200-) or (int8 and 17) or several or extreme or operand or ends"
+    some = f"{BEST[board.processor]} and ({shapes} or {products}) or rounded or errors"
+    files = [ROOT / f"tests/native/test_{what}.py" for what in ("attention", "linear", "elementwise")]
+    library = board.files / "libkernels_test.so"
     ran = board.python(
-        "-m", "pytest", *options, ROOT / "tests/native/test_attention.py", CRAYON_ATTENTION_LIBRARY=library
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", some, *files, CRAYON_KERNELS_LIBRARY=library
     )
     passed = re.search(r"(\d+) passed", ran)
     assert passed is not None

@@ -1,7 +1,4 @@
-"""The attention kernels against numpy, on every instruction set that this CPU has.
-
-``CRAYON_ATTENTION_LIBRARY`` names another build of them: with AddressSanitizer, or for an ARM board.
-"""
+"""The attention kernels against numpy, on every instruction set that this CPU has."""
 
 from __future__ import annotations
 
@@ -12,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support import needs
+from tests.native import kernels
+from tests.native.kernels import LIBRARY
 
-LIBRARY = ctypes.CDLL(str(needs.attention_library()))
-ALL_SETS = ("baseline", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "neon", "dotprod")
+instructions = kernels.instructions
 INTEGER_SETS = ("avx2_vnni", "avx512_vnni", "dotprod")
-INSTRUCTION_SETS = [s for s in ALL_SETS if LIBRARY.test_use(s.encode()) == 0]
 TYPES = {"fp32": (0, np.float32), "fp16": (1, np.float16), "int8": (2, np.int8)}
 OK, BAD_SHAPE, HEAD_TOO_LARGE, BEYOND_CACHE = range(4)
 
@@ -142,13 +138,6 @@ def filled(kind, positions, heads, head_size, rng, capacity=None):
         assert cache.update(rng.standard_normal((positions, heads, head_size), np.float32), 0) == OK
         sides.append(cache)
     return sides
-
-
-@pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
-def instructions(request):
-    assert LIBRARY.test_use(request.param.encode()) == OK
-    yield request.param
-    LIBRARY.test_use(None)
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -31,17 +31,13 @@ from pathlib import Path
 import crayon_native as native
 
 kind, folder, seconds, start, pte, *ptds = sys.argv[1:]
-files = {"program": pte, "data": ptds[0], "packed": folder + "/packed"}
-source, target = Path(files[kind]).read_bytes() if kind != "packed" else b"", Path(folder, "damaged")
+source, target = Path({"program": pte, "data": ptds[0]}[kind]).read_bytes(), Path(folder, "damaged")
 
-def answer(program, data, packed=None):
-    with native.Program(program, data, packed) as p:
+def answer(program, data):
+    with native.Program(program, data) as p:
         cache = p.new_cache()
         cache.use(p, "forward")
         return cache.step([1, 2, 3], 0).logits.copy()
-
-expected = answer(pte, ptds, files["packed"] if kind == "packed" else None)
-source = source or Path(files["packed"]).read_bytes()
 
 def look(program):
     with native.Program(program, ptds) as p:
@@ -60,7 +56,7 @@ while time.monotonic() < end:
     if cut:
         del damaged[rng.randrange(len(damaged)):]
     else:
-        # Tables are at the front of a program, at the end of packed weights, at both of data.
+        # Tables are at the front of a program, at both ends of data.
         head, tail = min(len(damaged), 40000), min(len(damaged), 2000)
         for _ in range(rng.randrange(1, 9)):
             at = rng.choice([rng.randrange(len(damaged)), rng.randrange(head), rng.randrange(-tail, 0)])
@@ -74,11 +70,7 @@ while time.monotonic() < end:
                 got = look(target)
             case "data":
                 got = answer(pte, [target, *ptds[1:]])
-            case "packed":
-                got = answer(pte, ptds, target)
-                if (got != expected).any():
-                    sys.exit("another answer")
-        if cut and kind != "packed":
+        if cut:
             sys.exit("a file that was cut off")
         print("ran", flush=True)
     except native.NativeError as e:
@@ -104,7 +96,7 @@ def sanitizer() -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["program", "data", "packed"])
+@pytest.mark.parametrize("kind", ["program", "data"])
 def test_damaged_files_end_no_process(tmp_path: Path, kind: str) -> None:
     """A child that dies says at which seed; the next goes on behind it, so that one run reports every one."""
     environment = os.environ | sanitizer()

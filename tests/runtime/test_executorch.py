@@ -1,4 +1,4 @@
-"""What is ExecuTorch's own about its backend: programs, threads, packed weights. What all backends do is in test_real_backends.py."""
+"""What is ExecuTorch's own about its backend: programs, threads. What all backends do is in test_real_backends.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 
 from crayon_runtime import Engine, backends, golden
-from crayon_runtime.backends import packed
 from crayon_runtime.backends.executorch import ExecutorchBackend
 from crayon_runtime.bundle import Bundle, BundleWriter
 from crayon_runtime.errors import AdapterError, BackendError, IntegrityError
@@ -37,13 +35,8 @@ IDS = np.arange(3, 40, dtype=np.int64)
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache/crayon/packed"
-
-
-@pytest.fixture
-def bundle(cache: Path) -> Bundle:
     return exported()
 
 
@@ -112,14 +105,6 @@ def test_a_changed_program_is_never_run(copy: Bundle) -> None:
         flip_byte(adapter.path / name, 5000)
         with pytest.raises(IntegrityError, match=rf"{name} is damaged"):
             backend.read_adapter(adapter)
-
-
-def test_damaged_weights_are_never_packed(copy: Bundle, cache: Path) -> None:
-    data = copy.path / "model.ptd"
-    flip_byte(data, data.stat().st_size - 1000)
-    with pytest.raises(IntegrityError, match=r"model\.ptd is damaged"):
-        load(copy)
-    assert not list(cache.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -219,98 +204,6 @@ def test_the_threads_are_the_process_s(bundle: Bundle) -> None:
         with pytest.raises(BackendError, match="cannot compute on 2 threads") as e:
             Engine.load(bundle, backend="executorch", threads=2)
         assert "load each with 1, or without a number" in str(e.value.do)
-
-
-# packed weights
-
-
-def test_packed_weights_are_made_once(bundle: Bundle, cache: Path) -> None:
-    first = answer(load(bundle))
-    [made] = cache.iterdir()
-    before = made.stat()
-    assert before.st_size > 10_000
-    os.utime(made, (0, time.time() - 10 * 86400))
-    backend = load(bundle)
-    np.testing.assert_array_equal(answer(backend), first)
-    alice = backend.new_cache(backend.read_adapter(bundle.adapter("alice")))
-    alice.prefill(IDS)
-    assert list(cache.iterdir()) == [made]
-    after = made.stat()
-    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
-    assert after.st_mtime > time.time() - 86400, "it counts as used"
-
-
-def test_a_damaged_file_of_packed_weights_is_made_again(bundle: Bundle, cache: Path) -> None:
-    good = answer(load(bundle))
-    [made] = cache.iterdir()
-    content = made.read_bytes()
-    for bad in (b"", content[:5000], content[:5000] + bytes(100) + content[5100:]):
-        made.unlink()
-        made.write_bytes(bad)
-        code = "import sys; from tests.runtime.test_executorch import *; print(answer(load(Bundle.open(sys.argv[1]))).tolist())"
-        assert json.loads(child(code, bundle)) == good.tolist()
-        assert made.read_bytes() == content
-
-
-def test_two_processes_at_once_make_one_file(bundle: Bundle, cache: Path) -> None:
-    command = [sys.executable, "-m", "crayon_runtime", "run", str(bundle.path), "the sea", "--backend", "executorch"]
-    running = [
-        subprocess.Popen([*command, "--json", "--max-new-tokens", "5", "--threads", "1"], stdout=subprocess.PIPE)
-        for _ in range(3)
-    ]
-    answers = [json.loads(process.communicate(timeout=300)[0]) for process in running]
-    assert len({tuple(a["token_ids"]) for a in answers}) == 1
-    assert {a["backend"] for a in answers} == {"executorch"}
-    assert len(list(cache.iterdir())) == 1
-
-
-def test_old_files_go(bundle: Bundle, cache: Path) -> None:
-    answer(load(bundle))
-    [made] = cache.iterdir()
-    weights, processor, library = made.stem.split("-")
-    now, month = time.time(), 31 * 86400
-    files = {
-        f"{weights}-{processor}-{'0' * 16}.packed": (now, False),  # for an earlier library
-        f"{weights}-{'0' * 16}-{library}.packed": (now, True),  # another machine's, where homes are shared
-        f"{'0' * 32}-{processor}-{library}.packed": (now, True),  # another model's
-        f"{'1' * 32}-{processor}-{library}.packed": (now - month, False),  # that nothing loads any more
-        f"{made.name}.part": (now, True),  # being written
-        f"{'1' * 32}-{processor}-{library}.packed.part": (now - 2 * 86400, False),  # never finished
-    }
-    for name, (modified, _) in files.items():
-        (cache / name).touch()
-        os.utime(cache / name, (now, modified))
-    os.utime(made, (now, now - month))
-    load(bundle)
-    assert {path.name for path in cache.iterdir()} == {made.name, *(name for name, (_, kept) in files.items() if kept)}
-
-
-def test_the_name_changes_with_everything_that_packing_depends_on(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def name(of: Bundle = bundle) -> Path | None:
-        variant = of.model.variants.executorch
-        assert isinstance(variant, ExecutorchVariant)
-        return packed.packed_weights(of, variant)
-
-    names = [name(), name()]
-    assert names[0] == names[1]
-    for path in ("model.pte", "model.ptd"):
-        other = rebuilt(bundle, tmp_path / path, {path: bundle.file(path).read_bytes() + b"\0"})
-        names.append(name(other))
-    monkeypatch.setattr(packed, "processor", lambda: "0" * 16)
-    names.append(name())
-    monkeypatch.setattr("crayon_native.__version__", "9.9")
-    names.append(name())
-    assert len(set(names)) == 5
-
-
-def test_without_a_cache_weights_are_packed_in_memory(bundle: Bundle, cache: Path) -> None:
-    good = answer(load(bundle))
-    shutil.rmtree(cache)
-    cache.write_text("a file in the place of the folder")
-    assert load(bundle)._packed is None
-    np.testing.assert_array_equal(answer(load(bundle)), good)
 
 
 # the command line

@@ -329,7 +329,6 @@ def compared(done: tuple[Path, DemoReport]) -> Comparison:
 def test_both_backends_are_measured(done: tuple[Path, DemoReport], compared: Comparison) -> None:
     onnx, executorch = compared.backends
     assert (onnx.name, executorch.name) == ("onnx", "executorch")
-    assert onnx.packed_bytes == 0 < executorch.packed_bytes
     for facts, folder in ((onnx, "bundle"), (executorch, "bundle-executorch")):
         bundle = Bundle.open(done[0] / "device" / folder, verify=True)
         assert served(bundle) == [facts.name]
@@ -338,7 +337,6 @@ def test_both_backends_are_measured(done: tuple[Path, DemoReport], compared: Com
         assert 0 < facts.golden_error < facts.golden_tolerance
         assert 0 < facts.mean_kl < 0.2
         assert facts.load_seconds > 0
-        assert facts.first_load_seconds > 0
         assert facts.prefill_tokens_per_second > facts.decode_tokens_per_second > 0
         assert facts.peak_rss_bytes < 200e6
         assert not facts.torch_loaded

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "instruction_set.h"
 
 namespace {
 

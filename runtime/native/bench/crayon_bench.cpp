@@ -37,7 +37,6 @@ crayon-bench [OPTIONS] --program FILE.pte --data FILE.ptd
   --decode N          tokens of a decode (default 64; 0: none)
   --position N,N,...  where decodes begin (default 16,2000)
   --repeat N          (default 5)
-  --packed FILE       keep packed weights in this file, so that the next load is fast
 )";
 
 struct UsageError : std::runtime_error {
@@ -48,7 +47,6 @@ struct Options {
   fs::path program;
   std::vector<fs::path> data;
   fs::path adapter;
-  fs::path packed;
   int32_t threads = 0;
   int64_t prompt = 128;
   int64_t decode = 64;
@@ -93,8 +91,6 @@ Options parse(const std::vector<std::string_view>& arguments) {
       options.data.emplace_back(value);
     } else if (name == "--adapter") {
       options.adapter = value;
-    } else if (name == "--packed") {
-      options.packed = value;
     } else if (name == "--threads") {
       options.threads = static_cast<int32_t>(number(value, 1));
     } else if (name == "--prompt") {
@@ -129,7 +125,7 @@ struct Close {
 using Program = std::unique_ptr<crayon_native_program, Close>;
 using Cache = std::unique_ptr<crayon_native_cache, Close>;
 
-Program open(const fs::path& program, const std::vector<fs::path>& data, const fs::path& packed) {
+Program open(const fs::path& program, const std::vector<fs::path>& data) {
   std::vector<const char*> paths;
   for (const fs::path& path : data) paths.push_back(path.c_str());
   crayon_native_options options{};
@@ -137,7 +133,6 @@ Program open(const fs::path& program, const std::vector<fs::path>& data, const f
   options.program = program.c_str();
   options.data = paths.data();
   options.data_count = paths.size();
-  options.packed_weights = packed.empty() ? nullptr : packed.c_str();
   crayon_native_program* opened = nullptr;
   crayon_native_error error{};
   check(crayon_native_open(&options, &opened, &error), error);
@@ -317,7 +312,7 @@ void run(const Options& options) {
   check(crayon_native_start(options.threads, &error), error);
   Loaded loaded{};
   int64_t began = now();
-  const Program base = open(options.program, options.data, options.packed);
+  const Program base = open(options.program, options.data);
   Model model(base, "forward");
   loaded.model_ns = now() - began;
 
@@ -326,7 +321,7 @@ void run(const Options& options) {
     std::vector<fs::path> data = options.data;
     data.push_back(options.adapter / "adapter.ptd");
     began = now();
-    adapter = open(options.adapter / "adapter.pte", data, options.packed);
+    adapter = open(options.adapter / "adapter.pte", data);
     model.use(adapter, "lora_forward");
     model.decode(1, 0);
     loaded.adapter_ns = now() - began;

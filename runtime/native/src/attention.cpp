@@ -1,18 +1,11 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 
 #include "attention_kernel.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#elif defined(__aarch64__)
-#include <asm/hwcap.h>
-#include <sys/auxv.h>
-#endif
+#include "instruction_set.h"
 
 namespace crayon {
 namespace {
@@ -23,30 +16,7 @@ constexpr int64_t shortest_split = 128;
 // More tasks than threads, so that a thread which another process holds up delays the others by little.
 constexpr int64_t tasks_per_thread = 2;
 
-#if defined(__x86_64__)
-// Not every compiler's __builtin_cpu_supports knows this name. The system keeps AVX registers where it says "avx2".
-bool has_avx_vnni() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-}
-#endif
-
-bool has(const AttentionKernels& kernels) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (&kernels == &attention_avx512_vnni) return avx512 && __builtin_cpu_supports("avx512vnni");
-  if (&kernels == &attention_avx512) return avx512;
-  if (&kernels == &attention_avx2_vnni) return avx2 && has_avx_vnni();
-  if (&kernels == &attention_avx2) return avx2;
-#elif defined(__aarch64__)
-  if (&kernels == &attention_dotprod) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
-#endif
-  return &kernels == &attention_baseline;
-}
-
+// In the order of InstructionSet.
 constexpr const AttentionKernels* all_kernels[] = {
 #if defined(__x86_64__)
     &attention_avx512_vnni, &attention_avx512, &attention_avx2_vnni, &attention_avx2,
@@ -55,16 +25,9 @@ constexpr const AttentionKernels* all_kernels[] = {
 #endif
     &attention_baseline,
 };
+static_assert(sizeof all_kernels / sizeof *all_kernels == instruction_sets);
 
-const AttentionKernels* best_kernels() {
-  return *std::find_if(std::begin(all_kernels), std::end(all_kernels),
-                       [](const AttentionKernels* k) { return has(*k); });
-}
-
-std::atomic<const AttentionKernels*>& chosen() {
-  static std::atomic<const AttentionKernels*> kernels = best_kernels();
-  return kernels;
-}
+const AttentionKernels& chosen_kernels() { return *all_kernels[static_cast<int>(chosen_instruction_set())]; }
 
 // How the work of one call is cut: into chunks of query rows, into key-value heads, and into ranges of positions.
 //
@@ -176,8 +139,7 @@ Status attend(const Attention& attention, const ParallelFor& parallel, void* wor
   const int threads = parallel.run ? parallel.threads : 1;
   const size_t wanted = attention_workspace(attention, threads);
   const Plan plan(attention, threads, workspace && workspace_bytes >= wanted);
-  Job job{attention, plan, *chosen().load(std::memory_order_relaxed),
-          plan.splits > 1 ? static_cast<float*>(workspace) : nullptr};
+  Job job{attention, plan, chosen_kernels(), plan.splits > 1 ? static_cast<float*>(workspace) : nullptr};
   const int64_t tasks = plan.tasks();
   if (threads > 1 && tasks > 1) {
     parallel.run(parallel.pool, tasks, &Job::run, &job);
@@ -195,7 +157,7 @@ Status update_cache(const CacheSide& cache, CacheType type, const float* rows, i
   if (tokens <= 0 || heads <= 0 || head_size <= 0 || cache.position_stride < head_size) return Status::bad_shape;
   if (type == CacheType::int8 && !cache.scales) return Status::bad_shape;
   if (start < 0 || start > capacity - tokens) return Status::beyond_cache;
-  const AttentionKernels& kernels = *chosen().load(std::memory_order_relaxed);
+  const AttentionKernels& kernels = chosen_kernels();
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t h = 0; h < heads; ++h, rows += head_size) {
       const int64_t at = (start + t) * cache.position_stride + h * cache.head_stride;
@@ -211,18 +173,6 @@ Status update_cache(const CacheSide& cache, CacheType type, const float* rows, i
     }
   }
   return Status::ok;
-}
-
-const char* instruction_set() { return chosen().load()->name; }
-
-Status use_instruction_set(const char* name) {
-  for (const AttentionKernels* kernels : all_kernels) {
-    if (name ? std::strcmp(kernels->name, name) == 0 && has(*kernels) : has(*kernels)) {
-      chosen().store(kernels);
-      return Status::ok;
-    }
-  }
-  return Status::no_such_instructions;
 }
 
 }  // namespace crayon

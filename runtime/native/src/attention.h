@@ -46,7 +46,6 @@ enum class Status : int32_t {
   head_too_large = 2,  // head_size > largest_head_size
   beyond_cache = 3,    // a position outside the cache
   no_memory = 4,
-  no_such_instructions = 5,  // this CPU does not have them, or this build has no code for them
 };
 
 constexpr int64_t largest_head_size = 256;
@@ -79,12 +78,5 @@ Status attend(const Attention& attention, const ParallelFor& parallel, void* wor
 // `capacity` positions. int8 rounds to nearest with scale = largest absolute value / 127 and zero point 0.
 Status update_cache(const CacheSide& cache, CacheType type, const float* rows, int64_t tokens, int64_t heads,
                     int64_t head_size, int64_t start, int64_t capacity);
-
-// The instruction set that the kernels use: "avx512_vnni", "avx512", "avx2_vnni", "avx2" or "baseline"; "dotprod" or
-// "neon".
-const char* instruction_set();
-
-// Overrides the choice, for tests and measurements. Not while another thread computes. Null: the best that the CPU has.
-Status use_instruction_set(const char* name);
 
 }  // namespace crayon

@@ -673,16 +673,8 @@ float exp2_of(float x) { return exp2(broadcast(x))[0]; }
 
 }  // namespace
 
-#define CRAYON_TEXT_(name) #name
-#define CRAYON_TEXT(name) CRAYON_TEXT_(name)
 #define CRAYON_JOIN_(a, b) a##b
 #define CRAYON_JOIN(a, b) CRAYON_JOIN_(a, b)
-extern const AttentionKernels CRAYON_JOIN(attention_, CRAYON_KERNELS) = {
-#if defined(__aarch64__) && !defined(__ARM_FEATURE_DOTPROD)
-    "neon",
-#else
-    CRAYON_TEXT(CRAYON_KERNELS),
-#endif
-    attend, to_half, to_int8, exp2_of};
+extern const AttentionKernels CRAYON_JOIN(attention_, CRAYON_KERNELS) = {attend, to_half, to_int8, exp2_of};
 
 }  // namespace crayon

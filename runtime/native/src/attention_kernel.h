@@ -25,7 +25,6 @@ struct AttentionTask {
 constexpr int64_t rows_per_task = 32;
 
 struct AttentionKernels {
-  const char* name;
   void (*attend)(const AttentionTask& task);
   void (*to_half)(const float* from, uint16_t* to, int64_t count);
   float (*to_int8)(const float* from, int8_t* to, int64_t count);  // returns the scale

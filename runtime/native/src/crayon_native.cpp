@@ -6,15 +6,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <list>
-#include <map>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "attention.h"
 #include "errors.h"
-#include "packed_weights.h"
+#include "instruction_set.h"
 #include "program.h"
 #include "thread_pool.h"
 
@@ -70,48 +68,30 @@ bool fits(const crayon_native_cache& cache, const Program& program, const std::s
 
 using Shared = std::shared_ptr<const Program>;
 
-void load_with_packed_weights(const Shared& program, const std::string& method, const crayon::Load& load) {
-  // The file holds what `forward` needs, which is the model without an adapter.
-  const auto pack = [&](const std::string& path) {
-    const std::string base = program->has("forward") ? "forward" : method;
-    Method(program, base, std::make_shared<Memory>(state_size(*program, base)), path, nullptr);
-  };
-  if (program->packed_weights().empty()) {
-    load("");
-  } else {
-    crayon::with_packed_weights(program->packed_weights(), program->file_size(), pack, load);
-  }
-}
-
-// What was loaded last over a file of packed weights.
-std::map<std::string, std::pair<std::weak_ptr<const Program>, std::string>> loaded_last;
-
 // A method that fails to load leaves XNNPACK's weights cache in a state in which no method runs any more
 // (xnn_status_invalid_state). One that loads ends that.
-void repair_weights_cache(const std::string& packed_weights) {
-  const auto& [held, method] = loaded_last[packed_weights];
-  const Shared program = held.lock();
+std::weak_ptr<const Program> loaded_last;
+std::string loaded_method;
+
+void repair_weights_cache() {
+  const Shared program = loaded_last.lock();
   if (!program) return;
   try {
-    load_with_packed_weights(program, method, [&, &method = method](const std::string& path) {
-      Method(program, method, std::make_shared<Memory>(state_size(*program, method)), path, nullptr);
-    });
+    Method(program, loaded_method, std::make_shared<Memory>(state_size(*program, loaded_method)), nullptr);
   } catch (...) {  // the error that is being handled is the one to be told
   }
 }
 
 std::unique_ptr<Method> load(const crayon_native_cache& cache, const Shared& program, const std::string& method) {
-  std::unique_ptr<Method> made;
   try {
-    load_with_packed_weights(program, method, [&](const std::string& path) {
-      made = std::make_unique<Method>(program, method, cache.memory, path, cache.tracer.get());
-    });
+    auto made = std::make_unique<Method>(program, method, cache.memory, cache.tracer.get());
+    loaded_last = program;
+    loaded_method = method;
+    return made;
   } catch (...) {
-    repair_weights_cache(program->packed_weights());
+    repair_weights_cache();
     throw;
   }
-  loaded_last[program->packed_weights()] = {program, method};
-  return made;
 }
 
 // Makes the method the first of the cache's list.
@@ -185,7 +165,8 @@ int32_t crayon_native_open(const crayon_native_options* options, crayon_native_p
       data.emplace_back(options->data[i]);
     }
     auto made = std::make_unique<crayon_native_program>();
-    made->program = std::make_shared<const Program>(options->program, data, options->packed_weights);
+    made->program =
+        std::make_shared<const Program>(options->program, options->program_bytes, options->program_size, data);
     *program = made.release();
     ++open_programs;
   });

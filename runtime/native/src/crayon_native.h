@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 /* Changes whenever a caller compiled for another number would go wrong. */
-#define CRAYON_NATIVE_ABI 1
+#define CRAYON_NATIVE_ABI 2
 
 typedef enum crayon_native_status {
   CRAYON_NATIVE_OK = 0,
@@ -47,16 +47,12 @@ typedef struct crayon_native_error {
 } crayon_native_error;
 
 typedef struct crayon_native_options {
-  size_t size; /* sizeof(crayon_native_options), so that later fields can be told from garbage */
-  const char* program;
+  size_t size;             /* sizeof(crayon_native_options), so that later fields can be told from garbage */
+  const char* program;     /* a file, or what messages shall call `program_bytes` */
   const char* const* data; /* .ptd files; may be null */
   size_t data_count;
-  /* A file for the weights as XNNPACK wants them, or null to pack them again in each process. It is made where it is
-   * absent or damaged, and mapped where it is there; processes that do so at once wait for each other. Where none can
-   * be made (no room, no permission, a path of more than 250 bytes) the weights are packed in memory. It holds what the
-   * method `forward` uses, not the weights of adapters. Everything that those and their form depend on belongs into its
-   * name: hashes of the files, the library's version, the processor. */
-  const char* packed_weights;
+  const uint8_t* program_bytes; /* the program, if it is not in a file; copied. May be null */
+  size_t program_size;
 } crayon_native_options;
 
 typedef struct crayon_native_program crayon_native_program;
@@ -80,8 +76,9 @@ CRAYON_NATIVE_API const char* crayon_native_instruction_set(void);
 CRAYON_NATIVE_API int32_t crayon_native_start(int32_t threads, crayon_native_error* error);
 CRAYON_NATIVE_API int32_t crayon_native_threads(void);
 
-/* Maps the files; nothing is computed yet. Programs whose weights have the same names in their .ptd must have the same
- * weights under them: they are packed once for all programs that are open with the same `packed_weights`. */
+/* Maps the files; nothing is computed yet. Weights of linear layers in int4 groups are used where they lie, those of
+ * adapters in int8 are copied, and what XNNPACK computes with it packs in memory. Programs whose weights have the same
+ * names in their .ptd must have the same weights under them: what was computed of one of them serves all. */
 CRAYON_NATIVE_API int32_t crayon_native_open(const crayon_native_options* options, crayon_native_program** program,
                                              crayon_native_error* error);
 /* Caches that run the program go on working; its memory is freed with the last of them. */

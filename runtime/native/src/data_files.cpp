@@ -28,7 +28,7 @@ T read_as(const uint8_t* from) {
   return value;
 }
 
-// XNNPACK has packed the weight and needs it no more: its pages need not count as this process's.
+// Whoever asked has copied the weight and needs it no more: its pages need not count as this process's.
 void let_go(void*, void* data, size_t size) {
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
@@ -115,12 +115,6 @@ void DataFiles::read(const std::string& path, const File& file) {
     if (!is_new) damaged("it has a weight that another one has as well");
     keys_.push_back(made->first.c_str());
   }
-}
-
-size_t DataFiles::size() const {
-  size_t all = 0;
-  for (const File& file : files_) all += file.size;
-  return all;
 }
 
 const DataFiles::Entry* DataFiles::find(std::string_view key) const {

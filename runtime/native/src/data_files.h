@@ -19,8 +19,6 @@ class DataFiles final : public executorch::runtime::NamedDataMap {
   DataFiles(const DataFiles&) = delete;
   DataFiles& operator=(const DataFiles&) = delete;
 
-  size_t size() const;  // of the files, in bytes
-
   executorch::runtime::Result<const executorch::runtime::TensorLayout> get_tensor_layout(
       std::string_view key) const override;
   executorch::runtime::Result<executorch::runtime::FreeableBuffer> get_data(std::string_view key) const override;

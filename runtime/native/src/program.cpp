@@ -3,36 +3,31 @@
 #include <executorch/extension/tensor/tensor.h>
 #include <executorch/runtime/backend/backend_options_map.h>
 #include <executorch/runtime/backend/options.h>
-#include <unistd.h>
 
 #include <algorithm>
 
+#include "delegate.h"
 #include "errors.h"
 #include "operators.h"
 #include "tables.h"
 
 using executorch::aten::ScalarType;
 using executorch::aten::SizesType;
-using executorch::extension::MmapDataLoader;
-using executorch::runtime::DataLoader;
 using executorch::runtime::Error;
 using executorch::runtime::EValue;
 
 namespace crayon {
 namespace {
 
-std::unique_ptr<MmapDataLoader> map_file(const std::string& path) {
-  if (access(path.c_str(), R_OK) != 0) refuse(CRAYON_NATIVE_NO_FILE, "cannot read %s", path.c_str());
-  auto made = MmapDataLoader::from(path.c_str(), MmapDataLoader::MlockConfig::NoMlock);
-  if (!made.ok()) refuse(made.error(), CRAYON_NATIVE_NO_FILE, path);
-  return std::make_unique<MmapDataLoader>(std::move(*made));
-}
+constexpr int plan_name = 0, plan_values = 2, plan_delegates = 7, value_type = 0, value = 1;
 
-constexpr int plan_name = 0, plan_values = 2, value_type = 0, value = 1;
+constexpr int program_plans = 1, delegate_id = 0;
 
-Table find_plan(const executorch::runtime::FreeableBuffer& bytes, const std::string& method) {
-  const Table program = Table::root(static_cast<const uint8_t*>(bytes.data()), bytes.size(), CRAYON_NATIVE_BAD_PROGRAM);
-  constexpr int plans = 1;
+Table tables(const ProgramFile& file) { return Table::root(file.data(), file.bytes(), CRAYON_NATIVE_BAD_PROGRAM); }
+
+Table find_plan(const ProgramFile& file, const std::string& method) {
+  const Table program = tables(file);
+  constexpr int plans = program_plans;
   for (size_t i = 0; i < program.count(plans); ++i) {
     const Table plan = program.element_table(plans, i);
     if (plan.text(plan_name) == method) return plan;
@@ -42,25 +37,35 @@ Table find_plan(const executorch::runtime::FreeableBuffer& bytes, const std::str
 
 std::string of(const Program& program, const std::string& method) { return program.path() + ": " + method; }
 
+// Where the program's delegates of XNNPACK's are named, our name is written.
+void take_delegates(ProgramFile& file) {
+  const Table program = tables(file);
+  for (size_t p = 0; p < program.count(program_plans); ++p) {
+    const Table plan = program.element_table(program_plans, p);
+    for (size_t d = 0; d < plan.count(plan_delegates); ++d) {
+      const Table delegate = plan.element_table(plan_delegates, d);
+      if (delegate.text(delegate_id) == xnnpack_name) {
+        file.write(delegate.text_offset(delegate_id), delegate_name, sizeof delegate_name - 1);
+      }
+    }
+  }
+}
+
 }  // namespace
 
-Program::Program(const char* path, const std::vector<std::string>& data, const char* packed_weights)
-    : path_(path), packed_weights_(packed_weights ? packed_weights : "") {
-  loader_ = map_file(path_);
+Program::Program(const char* path, const uint8_t* bytes, size_t size, const std::vector<std::string>& data)
+    : path_(path) {
+  register_delegate();
+  file_ = bytes ? std::make_unique<ProgramFile>(bytes, size) : std::make_unique<ProgramFile>(path_);
   // Full verification: it reads only the program's tables, and a damaged one must not be run.
-  auto program = executorch::runtime::Program::load(loader_.get(),
-                                                    executorch::runtime::Program::Verification::InternalConsistency);
+  auto program =
+      executorch::runtime::Program::load(file_.get(), executorch::runtime::Program::Verification::InternalConsistency);
   if (!program.ok()) refuse(program.error(), CRAYON_NATIVE_BAD_PROGRAM, path_);
   program_ = std::make_unique<executorch::runtime::Program>(std::move(*program));
-  const DataLoader::SegmentInfo whole(DataLoader::SegmentInfo::Type::Program);
-  auto tables = loader_->load(0, loader_->size().get(), whole);
-  if (!tables.ok()) refuse(tables.error(), CRAYON_NATIVE_NO_FILE, path_);
-  tables_ = std::make_unique<executorch::runtime::FreeableBuffer>(std::move(*tables));
+  take_delegates(*file_);
   if (!data.empty()) data_ = std::make_unique<DataFiles>(data);
   if (has("get_max_context_len")) context_length_ = constant("get_max_context_len");
 }
-
-size_t Program::file_size() const { return tables_->size() + (data_ ? data_->size() : 0); }
 
 std::vector<std::string> Program::methods() const {
   std::vector<std::string> names;
@@ -80,7 +85,7 @@ bool Program::has(const std::string& method) const {
 
 int64_t Program::constant(const std::string& method) const {
   if (!has(method)) refuse(CRAYON_NATIVE_NO_METHOD, "%s has no method %s", path_.c_str(), method.c_str());
-  const Table plan = find_plan(*tables_, method);
+  const Table plan = find_plan(*file_, method);
   // It is one of the method's values: nothing has to run.
   constexpr int inputs = 3, outputs = 4;
   if (plan.count(inputs) == 0 && plan.count(outputs) == 1 && plan.element(outputs, 0) < plan.count(plan_values)) {
@@ -146,7 +151,7 @@ std::vector<size_t> Program::planned(const std::string& method) const {
 }
 
 std::vector<StateTensor> Program::state(const std::string& method) const {
-  const Table plan = find_plan(*tables_, method);
+  const Table plan = find_plan(*file_, method);
   constexpr int scalar_type = 0, sizes = 2, allocation = 6, memory_id = 0, offset_low = 1, offset_high = 2;
   constexpr uint8_t is_tensor = 5;
   std::vector<StateTensor> found;
@@ -168,7 +173,7 @@ std::vector<StateTensor> Program::state(const std::string& method) const {
 }
 
 Method::Method(std::shared_ptr<const Program> program, std::string name, std::shared_ptr<Memory> state,
-               const std::string& packed_weights, executorch::runtime::EventTracer* tracer)
+               executorch::runtime::EventTracer* tracer)
     : program_(std::move(program)), name_(std::move(name)), signature_(program_->signature(name_)) {
   const auto sizes = program_->planned(name_);
   for (size_t i = 0; i < sizes.size(); ++i) {
@@ -187,13 +192,12 @@ Method::Method(std::shared_ptr<const Program> program, std::string name, std::sh
   manager_ = std::make_unique<executorch::runtime::MemoryManager>(&structures_, planned_.get(), kernel_memory_.get());
 
   // XNNPACK packs a weight once for all methods that name it, and computes in memory that all methods share.
-  executorch::runtime::BackendOptions<3> options;
+  executorch::runtime::BackendOptions<2> options;
   executorch::runtime::LoadBackendOptionsMap map;
   constexpr int one_workspace = 2;  // WorkspaceSharingMode::Global
   Error code = options.set_option("weight_cache_enabled", true);
   if (code == Error::Ok) code = options.set_option("workspace_sharing_mode", one_workspace);
-  if (code == Error::Ok) code = options.set_option("packed_cache_path", packed_weights.c_str());
-  if (code == Error::Ok) code = map.set_options("XnnpackBackend", options.view());
+  if (code == Error::Ok) code = map.set_options(delegate_name, options.view());
   if (code != Error::Ok) refuse(code, CRAYON_NATIVE_FAILED, "XNNPACK's options");
 
   static const auto kernels = llama_operators();

@@ -1,7 +1,6 @@
 // A program's files, what they plan, and methods made ready to run.
 #pragma once
 
-#include <executorch/extension/data_loader/mmap_data_loader.h>
 #include <executorch/extension/memory_allocator/malloc_memory_allocator.h>
 #include <executorch/runtime/executor/program.h>
 
@@ -12,6 +11,7 @@
 
 #include "data_files.h"
 #include "memory.h"
+#include "program_file.h"
 
 namespace crayon {
 
@@ -30,11 +30,10 @@ struct Signature {
 
 class Program {
  public:
-  Program(const char* path, const std::vector<std::string>& data, const char* packed_weights);
+  // `bytes`: of the program, if it is not in the file `path`; they are copied.
+  Program(const char* path, const uint8_t* bytes, size_t size, const std::vector<std::string>& data);
 
   const std::string& path() const { return path_; }
-  const std::string& packed_weights() const { return packed_weights_; }
-  size_t file_size() const;                                   // with its data
   int64_t context_length() const { return context_length_; }  // 0: the program does not say
   const executorch::runtime::Program& executorch() const { return *program_; }
   const executorch::runtime::NamedDataMap* data() const { return data_.get(); }  // null: there is none
@@ -51,21 +50,20 @@ class Program {
   std::vector<StateTensor> state(const std::string& method) const;
 
  private:
-  std::string path_, packed_weights_;
+  std::string path_;
   int64_t context_length_ = 0;
   // In the order in which they need each other.
-  std::unique_ptr<executorch::extension::MmapDataLoader> loader_;
+  std::unique_ptr<ProgramFile> file_;
   std::unique_ptr<executorch::runtime::Program> program_;
-  std::unique_ptr<executorch::runtime::FreeableBuffer> tables_;
   std::unique_ptr<DataFiles> data_;
 };
 
 // A method over memory that somebody else may use as well.
 class Method {
  public:
-  // `state`: memory for what outlives a step. `packed_weights`: a file that is there, or empty.
+  // `state`: memory for what outlives a step.
   Method(std::shared_ptr<const Program> program, std::string name, std::shared_ptr<Memory> state,
-         const std::string& packed_weights, executorch::runtime::EventTracer* tracer);
+         executorch::runtime::EventTracer* tracer);
 
   const Program& program() const { return *program_; }
   const std::shared_ptr<const Program>& shared_program() const { return program_; }

@@ -33,11 +33,13 @@ class Table {
     if (field(id)) std::memcpy(&value, in(field(id), sizeof value), sizeof value);
     return value;
   }
+  uint16_t short_number(int id) const { return field(id) ? u16(field(id)) : 0; }
   uint8_t byte(int id) const { return field(id) ? *in(field(id), 1) : 0; }
   std::string text(int id) const {
     const size_t at = follow(field(id)), length = u32(at);
     return {reinterpret_cast<const char*>(in(at + 4, length)), length};
   }
+  size_t text_offset(int id) const { return follow(field(id)) + 4; }  // from the beginning of the buffer
   size_t count(int id) const { return field(id) ? u32(follow(field(id))) : 0; }
   uint8_t element_byte(int id, size_t i) const { return *in(follow(field(id)) + 4 + i, 1); }
   uint32_t element(int id, size_t i) const { return u32(follow(field(id)) + 4 + 4 * i); }

@@ -11,6 +11,10 @@ Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8]
 
 
+_NARROW = 32
+"""Up to this width, groups are compared column by column, which is faster by a half to four times."""
+
+
 class Affine(NamedTuple):
     """The rule of torchao's symmetric `Int8DynamicActivationIntxWeightConfig` and `IntxWeightOnlyConfig` ("affine"):
 
@@ -39,7 +43,11 @@ class Affine(NamedTuple):
         """Codes int8 [n, in] and scales float32 [n, groups], not yet rounded, of float32 [n, in] rows; the groups divide `in`."""
         n, width = weights.shape
         grouped = weights.reshape(n, -1, self.group_size or width)
-        largest = np.maximum(grouped.max(axis=2), -grouped.min(axis=2))
+        magnitudes = np.abs(grouped)
+        if grouped.shape[2] <= _NARROW:
+            largest = np.ascontiguousarray(magnitudes.reshape(-1, grouped.shape[2]).T).max(axis=0).reshape(n, -1)
+        else:
+            largest = magnitudes.max(axis=2)
         scales = np.maximum(largest / np.float32(((1 << self.bits) - 1) / 2), np.finfo(np.float32).smallest_normal)
         codes = np.rint(grouped * (np.float32(1) / scales)[..., None])
         half = 1 << (self.bits - 1)

@@ -37,7 +37,7 @@ try:
 except PackageNotFoundError:  # run from its folder
     __version__ = "0"
 
-_ABI = 1
+_ABI = 2
 
 
 class Status(IntEnum):
@@ -84,7 +84,8 @@ class _Options(ctypes.Structure):
         ("program", ctypes.c_char_p),
         ("data", ctypes.POINTER(ctypes.c_char_p)),
         ("data_count", ctypes.c_size_t),
-        ("packed_weights", ctypes.c_char_p),
+        ("program_bytes", ctypes.c_char_p),
+        ("program_size", ctypes.c_size_t),
     )
 
 
@@ -138,7 +139,7 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 def instruction_set() -> str:
-    """What the attention kernels were chosen for: baseline, avx2, avx512 and so on."""
+    """What the kernels were chosen for: baseline, avx2, avx512 and so on."""
     name: bytes = _lib.crayon_native_instruction_set()
     return name.decode()
 
@@ -183,18 +184,20 @@ class Program:
     """An ExecuTorch program: mapped, not read. Nothing is computed before a cache uses a method of it.
 
     Args:
-        path: The `.pte` file.
+        path: The `.pte` file; with `program`, what messages call it.
         data: Its `.ptd` files.
-        packed_weights: A file for the weights as XNNPACK wants them. It is made if it is absent and mapped if it is
-            there: loading is faster, and processes share the memory. Its name must say everything that it depends on:
-            hashes of the files, the library's version, the processor.
+        program: The program, if it is not in a file.
 
     Raises:
         NativeError: A file is missing, is not a program, is damaged.
     """
 
     def __init__(
-        self, path: str | Path, data: Sequence[str | Path] = (), packed_weights: str | Path | None = None
+        self,
+        path: str | Path,
+        data: Sequence[str | Path] = (),
+        *,
+        program: bytes | None = None,
     ) -> None:
         self.path = Path(path)
         files = (ctypes.c_char_p * len(data))(*(os.fsencode(d) for d in data))
@@ -203,7 +206,8 @@ class Program:
             os.fsencode(path),
             files,
             len(data),
-            None if packed_weights is None else os.fsencode(packed_weights),
+            program,
+            0 if program is None else len(program),
         )
         pointer = ctypes.c_void_p()
         _call("open", ctypes.byref(options), ctypes.byref(pointer))

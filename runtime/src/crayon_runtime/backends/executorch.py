@@ -6,7 +6,6 @@ from one adapter to another by running another method, and the weights stay wher
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ import numpy as np
 
 from crayon_runtime.backends.base import Adapter, Step, check_base
 from crayon_runtime.backends.executorch_adapter import program_for
-from crayon_runtime.backends.packed import packed_weights
 from crayon_runtime.errors import AdapterError, BackendError, CrayonError, IntegrityError
 from crayon_runtime.files import sha256_file
 from crayon_runtime.manifest import ExecutorchAdapterVariant, ExecutorchVariant
@@ -61,7 +59,7 @@ class ExecutorchBackend:
 
     name = "executorch"
 
-    def __init__(self, program: Program, bundle: Bundle, packed: Path | None) -> None:
+    def __init__(self, program: Program, bundle: Bundle) -> None:
         model = bundle.model
         self.program = program
         self.vocab_size = model.architecture.vocab_size
@@ -69,7 +67,6 @@ class ExecutorchBackend:
         self.tap_size = model.tap.size
         self.longest_step: int = program.constant("get_max_seq_len")
         self._bundle = bundle
-        self._packed = packed
 
     @classmethod
     def load(cls, bundle: Bundle, *, threads: int | None = None) -> ExecutorchBackend:
@@ -81,7 +78,7 @@ class ExecutorchBackend:
         Raises:
             BackendError: the bundle has no ExecuTorch variant, the runner is not installed or refuses the program, or the process
                 computes on another number of threads already.
-            IntegrityError: the program, or weights that are packed now, are not those that the manifest lists.
+            IntegrityError: the program is not the one that the manifest lists.
         """
         variant = bundle.model.variants.executorch
         if not isinstance(variant, ExecutorchVariant):
@@ -93,14 +90,13 @@ class ExecutorchBackend:
         if bundle.model.kv_dtype not in _KV_TYPES:
             raise BackendError(f"ExecuTorch cannot keep a {bundle.model.kv_dtype} KV cache here", where=bundle.path)
         crayon_native = native()
-        packed = packed_weights(bundle, variant)
         _start(threads)
         try:
-            program = _open(bundle, variant.program, variant.data, [], packed)
+            program = _open(bundle, variant.program, variant.data, [])
             with_tap = _BASE in program.methods and program.constant("get_tap_size") == bundle.model.tap.size
             if not with_tap or program.constant("get_max_context_len") != bundle.model.context_length:
                 raise BackendError("the program is not the one that the manifest describes", where=program.path)
-            return cls(program, bundle, packed)
+            return cls(program, bundle)
         except crayon_native.NativeError as e:
             raise _error(e, bundle.file(variant.program)) from e
 
@@ -125,7 +121,7 @@ class ExecutorchBackend:
         where = bundle.file(variant.program) if variant.program else bundle.path
         try:
             if variant.program is not None:
-                program = _open(bundle, variant.program, variant.data, files, self._packed)
+                program = _open(bundle, variant.program, variant.data, files)
             else:
                 program = self._filled(bundle, variant, base, files)
             if _ADAPTED not in program.methods or any(
@@ -164,11 +160,8 @@ class ExecutorchBackend:
         for path in variant.data:
             _check(bundle, path)
         filled = program_for(self._bundle.read(slots.program), slots, held.weights)
-        with tempfile.NamedTemporaryFile(suffix=".pte") as file:
-            file.write(filled)
-            file.flush()
-            data = [*files, *(bundle.file(path) for path in variant.data)]
-            program: Program = native().Program(file.name, data, self._packed)
+        data = [*files, *(bundle.file(path) for path in variant.data)]
+        program: Program = native().Program(self._bundle.file(slots.program), data, program=filled)
         return program
 
     def new_cache(self, adapter: Adapter | None = None) -> ExecutorchCache:
@@ -277,13 +270,12 @@ def _start(threads: int | None) -> None:
         ) from e
 
 
-def _open(bundle: Bundle, program: str, data: list[str], base: list[Path], packed: Path | None) -> Program:
-    """A program and its data, after hashes were compared: ExecuTorch trusts the tables of a program, and keeps what it packs under the
-    names that weights have in it. The base's own data is read through only where its packed weights are not there yet."""
-    is_packed = not base and packed is not None and packed.exists()
-    for file in (program, *(() if is_packed else data)):
+def _open(bundle: Bundle, program: str, data: list[str], base: list[Path]) -> Program:
+    """A program and its data. ExecuTorch trusts the tables of a program, and what is computed of an adapter's weights is kept under their
+    names, so both are hashed now. The base's weights were when the bundle was opened, unless they were before and nothing touched them."""
+    for file in (program, *(data if base else ())):
         _check(bundle, file)
-    opened: Program = native().Program(bundle.file(program), [*base, *map(bundle.file, data)], packed)
+    opened: Program = native().Program(bundle.file(program), [*base, *map(bundle.file, data)])
     return opened
 
 

@@ -147,11 +147,10 @@ def write_executorch_adapter(file: BinaryIO, tensors: Mapping[str, Tensor], slot
         return whole
 
     def write(index: int, name: str, shape: tuple[int, int], matrix: Floats | None) -> None:
-        if matrix is None:
-            matrix = np.zeros(shape, np.float32)
-        elif not np.isfinite(matrix).all():
+        stored = _stored(np.zeros(shape, np.float32) if matrix is None else matrix, slots)
+        if not np.isfinite(stored[-1]).all():  # a scale, where there are some, is of all of its row
             raise AdapterError(f"{name} holds NaN or infinity")
-        for part, array in enumerate(_stored(matrix, slots)):
+        for part, array in enumerate(stored):
             writer.write(index * parts + part, array.data)
 
     # What a blend computes is waited for; what is made of it here, and hashed, is done meanwhile.

@@ -63,21 +63,19 @@ def compare(
             with running(backends.__name__, job, XDG_CACHE_HOME=scratch) as process:
                 said = process.communicate()[0]
             measured[name].append(msgspec.json.decode(said, type=Measured))
-        packed = {"executorch": sum(path.stat().st_size for path in Path(scratch, "crayon/packed").iterdir())}
-        facts = [_facts(name, bundles[name], packed.get(name, 0), own) for name, own in measured.items()]
+        facts = [_facts(name, bundles[name], own) for name, own in measured.items()]
         agreed = _agreement([own[0] for own in measured.values()], list(logits.values()))
     return Comparison(facts, agreed, PREFILL, DECODE, PROCESSES, REPETITIONS)
 
 
-def _facts(name: str, folder: Path, packed_bytes: int, measured: Sequence[Measured]) -> BackendFacts:
+def _facts(name: str, folder: Path, measured: Sequence[Measured]) -> BackendFacts:
     """One backend.
 
     Args:
         folder: of its bundle.
-        packed_bytes: of the weights that it has packed on the disk.
-        measured: of its processes, the first of which had nothing packed and replayed the golden cases.
+        measured: of its processes, the first of which replayed the golden cases too.
     """
-    first, *others = measured
+    first = measured[0]
     bundle = Bundle.open(folder)
     worst = max(first.golden, key=lambda case: case.error)
     return BackendFacts(
@@ -85,10 +83,8 @@ def _facts(name: str, folder: Path, packed_bytes: int, measured: Sequence[Measur
         title=TITLES[name],
         bundle_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         weights_bytes=sum(bundle.file(path).stat().st_size for path in getattr(bundle.model.variants, name).data),
-        packed_bytes=packed_bytes,
-        first_load_seconds=first.load_seconds,
-        load_seconds=median(m.load_seconds for m in others),
-        peak_rss_bytes=round(median(m.peak_rss_bytes for m in others)),
+        load_seconds=median(m.load_seconds for m in measured),
+        peak_rss_bytes=round(median(m.peak_rss_bytes for m in measured[1:])),
         prefill_tokens_per_second=PREFILL / median(s for m in measured for s in m.prefill_seconds),
         decode_tokens_per_second=DECODE / median(s for m in measured for s in m.decode_seconds),
         mean_kl=json.loads((folder / "report.json").read_bytes())["mean_kl"],

@@ -259,8 +259,7 @@ class BackendFacts:
 
     Attributes:
         name, title: as options name it, and as people do.
-        packed_bytes: what it keeps on the device's disk beside the bundle, to load faster.
-        first_load_seconds, load_seconds: from nothing to the first token, the first time and from then on.
+        load_seconds: from nothing to the first token.
         peak_rss_bytes: of a process that loads and answers.
         mean_kl: of its weights from the float ones on the golden cases, in nats.
         golden_passed: of `golden_cases` cases, which are the backend's own: how many it answers as it must.
@@ -271,8 +270,6 @@ class BackendFacts:
     title: str
     bundle_bytes: int
     weights_bytes: int
-    packed_bytes: int
-    first_load_seconds: float
     load_seconds: float
     peak_rss_bytes: int
     prefill_tokens_per_second: float
@@ -343,7 +340,6 @@ class Comparison:
         agreed = self.agreement
         rows: list[tuple[str, Callable[[BackendFacts], str]]] = [
             ("weights, bundle", lambda b: f"{size_text(b.weights_bytes)}, {size_text(b.bundle_bytes)}"),
-            ("load, the first time", lambda b: f"{b.first_load_seconds * 1e3:.0f} ms"),
             ("load", lambda b: f"{b.load_seconds * 1e3:.0f} ms"),
             ("memory of the process", lambda b: size_text(b.peak_rss_bytes)),
             (f"prefill, {self.prefill_tokens} tokens", lambda b: f"{b.prefill_tokens_per_second:.0f} tokens/s"),

@@ -1,0 +1,137 @@
+"""Every form of a model for ExecuTorch: our runner, ExecuTorch's own runtime, its TextLLMRunner and the golden cases agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from crayon_export.exporter import export
+from crayon_runtime import golden
+from crayon_runtime.bundle import Bundle
+from crayon_server.models import load_nano
+from tests.export.models import tiny_adapter, tiny_llama
+from tests.native import official
+from tests.support import needs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+MOBILE_125M = {
+    "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "intermediate_size": 1536, "vocab_size": 32000, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def _mobile(folder: Path) -> Path:
+    """Random weights at the shapes of MobileLLM-125M, with the tokenizer of another model, which fits into its vocabulary."""
+    model = tiny_llama(folder, **MOBILE_125M)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(load_nano() / file, model / file)
+    return model
+
+
+MODELS: dict[str, tuple[Callable[[Path], Path], int]] = {
+    "nano": (lambda _: load_nano(), 32),
+    "stories260K": (lambda _: needs.reference_model(), 32),
+    "mobilellm-125m": (_mobile, 64),
+}
+"""How each is had, and its group size."""
+
+
+class Forms(NamedTuple):
+    switchable: Bundle
+    merged: Bundle
+    single: Bundle
+
+    def program(self, name: str) -> tuple[official.Program, str]:
+        """The files of a form, and the method that computes it."""
+        base, merged, single = (bundle.path for bundle in self)
+        alice = base / "adapters/alice"
+        return {
+            "base": (official.Program(base / "model.pte", (base / "model.ptd",)), "forward_tap"),
+            "adapter": (
+                official.Program(alice / "adapter.pte", (base / "model.ptd", alice / "adapter.ptd")),
+                "lora_forward_tap",
+            ),
+            "merged": (official.Program(merged / "model.pte", (merged / "model.ptd",)), "forward_tap"),
+            "single": (official.Program(single / "model.pte", ()), "forward_tap"),
+        }[name]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def forms(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Forms:
+    needs.native()
+    needs.module("executorch")
+    folder, (model_of, group_size) = tmp_path_factory.mktemp(request.param), MODELS[request.param]
+    model = model_of(folder / "model")
+    adapter = tiny_adapter(model, folder / "alice", r=8, gain=0.2, target_modules="all-linear")
+    options = {"backend": "executorch", "group_size": group_size, "context_length": 256, "adapters": [adapter]}
+    with pytest.MonkeyPatch.context() as patch:
+        # A template that is made for this stays out of the user's cache; the program is the same in all three.
+        patch.setenv("XDG_CACHE_HOME", os.environ.get("CRAYON_TEST_PROGRAMS") or str(folder / "cache"))
+        return Forms(
+            export(model, folder / "switchable", **options).bundle,
+            export(model, folder / "merged", merge=True, **options).bundle,
+            export(model, folder / "single", merge=True, single_file=True, **options).bundle,
+        )
+
+
+def test_golden_cases(forms: Forms) -> None:
+    for bundle in forms:
+        results = golden.replay(bundle, backend="executorch")
+        assert {r.adapter for r in results} == ({None, "alice"} if bundle is forms.switchable else {None})
+        assert all(r.passed for r in results), [r for r in results if not r.passed]
+
+
+@pytest.mark.parametrize("form", ["base", "adapter", "merged", "single"])
+def test_our_runner_computes_what_the_official_runtime_does(forms: Forms, form: str) -> None:
+    """As far as a different order of sums, of which some come out at another int8 code, lets it."""
+    native = needs.native()
+    program, method = forms.program(form)
+    known = official.answer(program, method)
+    opened = native.Program(*program)
+    cache = opened.new_cache()
+    cache.use(opened, method)
+    fed, position, same = list(official.PROMPT), 0, 0
+    for i, token in enumerate(known.tokens):
+        logits, _, tap_last = cache.step(fed, position)
+        spread = known.logits[i].std()
+        assert np.sqrt(np.mean((logits - known.logits[i]) ** 2)) < 0.02 * spread
+        assert np.sqrt(np.mean((tap_last - known.tap_last[i]) ** 2)) < 0.02 * np.sqrt(np.mean(known.tap_last[i] ** 2))
+        same += int(logits.argmax()) == token
+        position += len(fed)
+        fed = [token]
+    assert same >= len(known.tokens) - 1
+
+
+def test_forms_hold_the_same_numbers(forms: Forms) -> None:
+    """What is merged is the same in one file and in two, and not what the base computes."""
+    found = {}
+    for form in ("base", "adapter", "merged", "single"):
+        program, method = forms.program(form)
+        found[form] = official.answer(program, method).logits[0]
+    np.testing.assert_array_equal(found["merged"], found["single"])
+    spread = found["base"].std()
+    assert np.abs(found["base"] - found["adapter"]).max() > 0.3 * spread
+    # Weights are rounded after an adapter was merged, and before one is attached: the same but for that.
+    assert np.corrcoef(found["merged"], found["adapter"])[0, 1] > np.corrcoef(found["base"], found["adapter"])[0, 1]
+
+
+@pytest.mark.parametrize("form", ["switchable", "merged", "single"])
+def test_textllmrunner(forms: Forms, form: str) -> None:
+    """In a process of its own: it registers operators that cannot be unloaded."""
+    script = Path(__file__).with_name("official_runtimes.py")
+    bundle: Bundle = getattr(forms, form)
+    done = subprocess.run([sys.executable, script, bundle.path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["runner"].strip() == said["runtime"].strip()
+    assert said["largest_difference"] == 0
