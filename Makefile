@@ -37,7 +37,7 @@ ARM_READY := $(ARM)/ready-$(VERSIONS)
 # What the benchmarks compare with: llama.cpp, compiled for this machine.
 PEERS := $(VENV)/peers-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help demo test lint bench docs native wheels aarch64 format constraints clean
+.PHONY: help demo test lint bench docs native wheels aarch64 templates format constraints clean
 
 help:
 	@echo 'make demo         export, build a pool, serve it, three users customize; ends with the place of its report'
@@ -101,6 +101,13 @@ aarch64: $(ARM_READY) $(ARM)/root
 $(ARM)/root: tests/native/aarch64_root.sh
 	@echo "Fetching Debian's Python for ARM …"
 	@tests/native/aarch64_root.sh $@ >/dev/null
+
+# What exports of the demo's model for ExecuTorch are filled from, so that nobody waits for its exporter.
+SHIPPED := export/src/crayon_export/executorch/shipped
+templates: $(READY)
+	@echo 'Making the templates that come with the package …'
+	@rm -rf $(SHIPPED) && mkdir -p $(SHIPPED)
+	@XDG_CACHE_HOME="$$(mktemp -d)" $(BIN)/crayon template export server_tools/src/crayon_server/models/nano $(SHIPPED)
 
 constraints: $(READY)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade --no-emit-package crayon-edge-native \

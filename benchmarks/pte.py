@@ -32,7 +32,7 @@ _FORM = ["--backend", "executorch", "--group-size", str(GROUP_SIZE)]
 
 
 def run(work: Path) -> Iterator[Row]:
-    # Templates and packed weights of these models are gigabytes that nobody wants to find in the user's cache.
+    # Templates of these models are nothing that anybody wants to find in the user's cache.
     os.environ["XDG_CACHE_HOME"] = str((work / "cache").resolve())
     large, small = (sparse_checkpoint(work, name) for name in ("llama-7b", "tinyllama-1.1b"))
     yield from _template("LLaMA-7B", large, work, most_mb=4000, most_minutes=15)

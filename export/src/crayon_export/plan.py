@@ -131,10 +131,6 @@ def plan(
     }
     for option in (option for option, given in about.items() if given and "executorch" not in backends):
         raise InvalidInput(f"{option} is about ExecuTorch's program", do="add --backend executorch, or leave it out")
-    if official and single_file:
-        raise InvalidInput(
-            "--official writes its weights beside the program", do="leave out --official or --single-file"
-        )
     with_slots = "executorch" in backends and not (merge or official or single_file) and adapter_slots
     if (slot_rank is not None or slot_targets) and not with_slots:
         raise InvalidInput(

@@ -73,14 +73,15 @@ def _lowered(spec: TemplateSpec, weights: StandIns, on_stage: Callable[[str], No
     traced = {}
     for name in names:
         on_stage(f"tracing the model{' with an adapter' if name == ADAPTER else ''}")
-        model = official.build(
-            spec.architecture,
-            weights.tensors,
-            context_length=spec.context_length,
-            kv_dtype=spec.kv_dtype,
-            tap_layer=spec.tap_layer,
-            adapter=weights.adapter if name == ADAPTER else None,
-        )
+        with shortcuts.lazy_zeros():
+            model = official.build(
+                spec.architecture,
+                weights.tensors,
+                context_length=spec.context_length,
+                kv_dtype=spec.kv_dtype,
+                tap_layer=spec.tap_layer,
+                adapter=weights.adapter if name == ADAPTER else None,
+            )
         traced[name] = official.trace(model, name, context_length=spec.context_length)
     on_stage("lowering")
     constants = official.constants(spec.architecture, spec.bos, spec.eos)

@@ -50,8 +50,13 @@ def make_in_process(spec: TemplateSpec, path: Path, on_stage: Callable[[str], No
     """
     check_version()
     with tempfile.TemporaryFile() as said:
+        # Nothing in it computes with more than one core, and threads that spin take it from others.
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said
+            [sys.executable, "-m", __name__, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert process.stdin
         assert process.stdout
@@ -111,7 +116,7 @@ def main() -> None:
 
 
 def _end_with_input() -> None:
-    while sys.stdin.buffer.read(1):
+    while os.read(0, 1):  # not through sys.stdin, whose lock the interpreter wants when it ends
         pass
     os._exit(1)
 

@@ -16,13 +16,17 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from executorch.backends.xnnpack import xnnpack_preprocess
+from executorch.backends.xnnpack.operators.node_visitor import NodeVisitor
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import XNNGraph
 from executorch.backends.xnnpack.xnnpack_preprocess import DEFAULT_DEBUG_HANDLE, XnnpackBackend
 from executorch.exir._serialize._cord import FileBackedData
 from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
 from executorch.exir.backend.backend_details import BackendDetails, CompileSpec, PreprocessResult
+from torch._dynamo.variables import builder
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
 from crayon_export.executorch.template import Slot
@@ -79,6 +83,7 @@ def quick(identify: Identify) -> Iterator[None]:
         patch.object(XnnpackBackend, "copy_exported_program_for_preprocess", _not_copied),
         patch.object(ExportedProgram, "run_decompositions", _decompositions()),
         patch.object(torch._library.utils, "is_builtin", _is_remembered),
+        patch.object(builder, "_clone_input", _cloned_input()),
     ):
         yield
 
@@ -244,10 +249,40 @@ def _decompositions() -> Callable[..., ExportedProgram]:
     return run_decompositions
 
 
+def _cloned_input() -> Callable[[Any, Any], Any]:
+    """dynamo's `_clone_input`, that leaves weights alone: it copies them all for the case that their values decide what is traced."""
+    clone = builder._clone_input
+
+    def clone_input(value: Any, fake_mode: Any) -> Any:
+        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+            return value
+        return clone(value, fake_mode)
+
+    return clone_input
+
+
+@contextmanager
+def lazy_zeros() -> Iterator[None]:
+    """Within, `torch.zeros` takes no memory before something is written; KV caches are gigabytes that nobody reads."""
+    zeros = torch.zeros
+
+    def lazy(*size: Any, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        made: torch.Tensor = zeros(*size, dtype=dtype, device="meta", **kwargs)
+        if device not in (None, "cpu", torch.device("cpu")) or made.dtype not in (torch.float32, torch.int8):
+            return zeros(*size, dtype=dtype, device=device, **kwargs)
+        if device is None and torch.get_default_device().type != "cpu":
+            return zeros(*size, dtype=dtype, **kwargs)
+        numbers = np.zeros(tuple(made.shape), np.float32 if made.dtype == torch.float32 else np.int8)
+        return torch.from_numpy(numbers)
+
+    with patch.object(torch, "zeros", lazy):
+        yield
+
+
 def _is_remembered(op: torch._ops.OpOverload) -> bool:
     """Whether the shape of a result may be remembered for arguments of the same shapes: torch's own operators, and those with which torchao
     quantizes and dequantizes, each of which it takes apart into a dozen others to find out."""
-    return op.namespace in ("aten", "prim", "prims") or op.name() in _OF_TORCHAO
+    return op.namespace in ("aten", "prim", "prims") or str(op.name()) in _OF_TORCHAO  # type: ignore[no-untyped-call]
 
 
 _OF_TORCHAO = {f"torchao::{name}" for name in ("choose_qparams_affine", "quantize_affine", "dequantize_affine")}
@@ -256,18 +291,22 @@ _INDIVISIBLE = {torch.ops.aten.sym_size.int}
 """What tables of decompositions name, and nothing comes of it."""
 
 _WRITTEN_FOR = {
-    XnnpackBackend.preprocess: "",
-    BackendDetails.copy_exported_program_for_preprocess: "",
-    BackendDetails.preprocess_multimethod: "",
-    ExportedProgram.run_decompositions: "",
+    XnnpackBackend.preprocess: "62f7dc915f1ef40c",
+    BackendDetails.copy_exported_program_for_preprocess: "161d76674b18cbbd",
+    BackendDetails.preprocess_multimethod: "4a833eb94738777c",
+    NodeVisitor.get_serialized_buffer_index: "e5e2a2aaa02290608",
+    NodeVisitor.get_quant_params: "2af420bb177ef9ba",
+    ExportedProgram.run_decompositions: "c74cbc17d387402",
+    builder._clone_input: "fdee93dcef3fc957",
+    torch._library.utils.is_builtin: "f8524c97621ee850",
 }
-"""SHA-256 of the sources."""
+"""The functions that are replaced, or whose results are, and the beginnings of the SHA-256 of their sources."""
 
 
 def _check() -> None:
     for function, digest in _WRITTEN_FOR.items():
-        if digest and hashlib.sha256(inspect.getsource(function).encode()).hexdigest() != digest:
+        if not hashlib.sha256(inspect.getsource(function).encode()).hexdigest().startswith(digest):
             raise BackendError(
-                f"{function.__qualname__} of the installed packages is not what this version of crayon-edge knows",
-                do="install the versions of the extra 'pte', or use --official",
+                f"{function.__module__}.{function.__qualname__} is not what this version of crayon-edge knows",
+                do="install the pinned versions of torch and executorch (constraints.txt), or use --official",
             )

@@ -10,6 +10,7 @@ A template is a file: a zip of `index.json` (an `_Index`) and one member for eac
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import zipfile
 import zlib
@@ -232,7 +233,7 @@ class Template(Struct, frozen=True):
 
 _FORMAT = 1
 _INDEX = "index.json"
-_MAX_INDEX_BYTES, _MAX_PROGRAM_BYTES = 1 << 28, 1 << 28
+_MAX_FILE_BYTES, _MAX_INDEX_BYTES, _MAX_PROGRAM_BYTES = 1 << 28, 1 << 28, 1 << 28
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -293,8 +294,12 @@ def read_template(path: Path) -> Template:
         TemplateError: it is damaged, no template, or one for another version of ExecuTorch or of this package.
         OSError: the file cannot be read.
     """
+    with path.open("rb") as file:
+        content = file.read(_MAX_FILE_BYTES + 1)
+    if len(content) > _MAX_FILE_BYTES:
+        raise _damaged(f"it has more than {_MAX_FILE_BYTES} bytes", path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             document = _member(archive, _INDEX, _MAX_INDEX_BYTES, path)
             _check_versions(document, path)
             index = msgspec.json.decode(document, type=_Index)
@@ -303,16 +308,8 @@ def read_template(path: Path) -> Template:
             if sorted(archive.namelist()) != sorted([_INDEX, *index.programs]):
                 raise _damaged("it holds other files than its index says", path)
             programs = {name: _program(archive, name, member, path) for name, member in index.programs.items()}
-    except (
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        NotImplementedError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        zlib.error,
-    ) as e:
-        # ValueError: msgspec.ValidationError and DecodeError are
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError, RuntimeError, ValueError) as e:
+        # of a zip whose numbers are wrong; msgspec's are ValueErrors
         raise _damaged(f"it cannot be read: {e}", path) from e
     expected = {"model", "single"} | ({"adapter"} if index.spec.adapter else set())
     if programs.keys() != expected:

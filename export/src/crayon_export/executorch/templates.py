@@ -108,6 +108,7 @@ def export_template(
 
     Args:
         source: the key of a template that is here, or the beginning of it; or a model, a folder or a Hub id.
+        file: or a folder, where it is called by its key.
         options: for a model, those of `plan`.
 
     Raises:
@@ -117,7 +118,7 @@ def export_template(
         template = find_template(source)
     else:
         template = template_for(spec_of(plan(source, backend="executorch", **options)), on_stage)
-    write_template(file, template)
+    write_template(file / f"{template.spec.key}{SUFFIX}" if file.is_dir() else file, template)
     return template.spec
 
 
@@ -174,17 +175,25 @@ def import_template(path: Path) -> TemplateSpec:
     return template.spec
 
 
+def shipped(spec: TemplateSpec) -> Template | None:
+    """The template that comes with the package."""
+    return _in(SHIPPED, spec)
+
+
 def _found(spec: TemplateSpec) -> Template | None:
-    """A template that is here. One with slots does where none are wanted: its other programs are the same."""
-    for folder in (SHIPPED, cache_folder()):
-        paths = [folder / f"{spec.key}{SUFFIX}"]
-        if spec.adapter is None:
-            paths += sorted(folder.glob(f"{spec.key}-*{SUFFIX}"))
-        for path in paths:
-            with suppress(TemplateError, OSError):  # it is made again, and written over
-                template = read_template(path)
-                if spec in (template.spec, template.spec.without_slots):
-                    return template
+    return shipped(spec) or _in(cache_folder(), spec)
+
+
+def _in(folder: Path, spec: TemplateSpec) -> Template | None:
+    """One that is in a folder, and whole. One with slots does where none are wanted: its other programs are the same."""
+    paths = [folder / f"{spec.key}{SUFFIX}"]
+    if spec.adapter is None:
+        paths += sorted(folder.glob(f"{spec.key}-*{SUFFIX}"))
+    for path in paths:
+        with suppress(TemplateError, OSError):  # it is made again, and written over
+            template = read_template(path)
+            if spec in (template.spec, template.spec.without_slots):
+                return template
     return None
 
 

@@ -126,8 +126,8 @@ def write_adapter_archive(
             content = HashedFile(scratch)
             write_onnx_adapter(content, tensors, dtype)
             variants = msgspec.structs.replace(variants, onnx=OnnxAdapterVariant(_ONNX, dtype))
-            scratch.seek(0)
             files.append((File(_ONNX, content.tell(), content.sha256), iter(lambda: scratch.read(CHUNK), b"")))
+            scratch.seek(0)
         if executorch is not None:
             data = stack.enter_context(tempfile.TemporaryFile(dir=archive.parent))
             weights = write_executorch_adapter(data, tensors, executorch)
