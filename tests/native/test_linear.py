@@ -122,7 +122,10 @@ def test_int4(tokens: int, group_size: int, width: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9, 17])
-@pytest.mark.parametrize("rows, width", [(1, 1), (4, 64), (16, 2048), (64, 16), (70, 5), (333, 8), (16, 100)])
+@pytest.mark.parametrize(
+    "rows, width",
+    [(1, 1), (4, 64), (16, 2048), (64, 16), (70, 5), (333, 8), (16, 100), (300, 257), (400, 1024), (257, 300)],
+)
 def test_int8(tokens: int, rows: int, width: int) -> None:
     rng = np.random.default_rng(rows * width + tokens)
     x, w = _tokens(rng, tokens, width), _weights(rng, rows, width, 0)

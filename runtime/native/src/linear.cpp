@@ -123,14 +123,13 @@ bool LinearWeights::takes_int4(int64_t rows, int64_t width, int64_t group_size) 
   return rows > 0 && power_of_two && group_size >= 32 && width > 0 && width % group_size == 0;
 }
 
-bool LinearWeights::takes_int8(int64_t rows, int64_t width) {
+bool LinearWeights::copies_int8(int64_t rows, int64_t width) {
   constexpr int64_t most_rank = 256;
-  return rows > 0 && width > 0 && std::min(rows, width) <= most_rank;
+  return std::min(rows, width) <= most_rank;
 }
 
 std::unique_ptr<LinearWeights> LinearWeights::int4(const uint8_t* codes, const uint16_t* scales, int64_t rows,
-                                                   int64_t width, int64_t group_size,
-                                                   std::shared_ptr<RowOffsets> offsets) {
+                                                   int64_t width, int64_t group_size, std::shared_ptr<RowSums> sums) {
   auto made = std::make_unique<LinearWeights>();
   made->rows = rows;
   made->width = width;
@@ -141,27 +140,42 @@ std::unique_ptr<LinearWeights> LinearWeights::int4(const uint8_t* codes, const u
   made->last_scales_.assign(static_cast<size_t>(groups + most_lanes), 0);
   std::memcpy(made->last_codes_.data(), codes + (rows - 1) * bytes, static_cast<size_t>(bytes));
   std::memcpy(made->last_scales_.data(), scales + (rows - 1) * groups, static_cast<size_t>(2 * groups));
-  offsets->values.resize(static_cast<size_t>(rows));
-  made->offsets_ = std::move(offsets);
-  made->int4_ = {
-      codes, scales,    made->last_codes_.data(), made->last_scales_.data(), made->offsets_->values.data(), rows,
-      width, group_size};
+  sums->scaled.resize(static_cast<size_t>(rows));
+  made->sums_ = std::move(sums);
+  made->int4_.codes = codes;
+  made->int4_.scales = scales;
+  made->int4_.last_codes = made->last_codes_.data();
+  made->int4_.last_scales = made->last_scales_.data();
+  made->int4_.offsets = made->sums_->scaled.data();
+  made->int4_.rows = rows;
+  made->int4_.width = width;
+  made->int4_.group_size = group_size;
   return made;
 }
 
 std::unique_ptr<LinearWeights> LinearWeights::int8(const int8_t* codes, const float* scales, int64_t rows,
-                                                   int64_t width) {
+                                                   int64_t width, std::shared_ptr<RowSums> sums) {
   const LinearKernels& kernels = chosen_kernels();
   auto made = std::make_unique<LinearWeights>();
   made->rows = rows;
   made->width = width;
-  const auto padded = static_cast<size_t>(round_up(rows, kernels.lanes));
-  made->codes_.resize(padded * static_cast<size_t>(round_up(width, 4)));
-  made->sums_.resize(padded);
-  made->scales_.assign(scales, scales + rows);
-  made->scales_.resize(padded);
-  kernels.interleave_int8(codes, rows, width, made->codes_.data(), made->sums_.data());
-  made->int8_ = {made->codes_.data(), made->scales_.data(), made->sums_.data(), rows, width};
+  if (copies_int8(rows, width)) {
+    const auto padded = static_cast<size_t>(round_up(rows, kernels.lanes));
+    made->copied_codes_.resize(padded * static_cast<size_t>(round_up(width, 4)));
+    made->copied_scales_.assign(scales, scales + rows);
+    made->copied_scales_.resize(padded);
+    sums->whole.resize(padded);
+    kernels.interleave(codes, rows, width, made->copied_codes_.data(), sums->whole.data());
+    made->interleaved_ = {made->copied_codes_.data(), made->copied_scales_.data(), sums->whole.data(), rows, width};
+    sums->known = true;
+  } else {
+    made->last_codes_.assign(static_cast<size_t>(width + 4 * most_lanes), 0);
+    std::memcpy(made->last_codes_.data(), codes + (rows - 1) * width, static_cast<size_t>(width));
+    sums->whole.resize(static_cast<size_t>(rows));
+    const auto* last = reinterpret_cast<const int8_t*>(made->last_codes_.data());
+    made->int8_ = {codes, scales, last, sums->whole.data(), rows, width};
+  }
+  made->sums_ = std::move(sums);
   return made;
 }
 
@@ -172,12 +186,13 @@ class LinearJob {
     inputs_.reserve(2 * count);
     for (size_t c = 0; c < count; ++c) {
       const LinearWeights& w = *calls[c].weights;
-      const bool sums_rows = w.group_size && !w.offsets_->known;
+      const bool wants_ones = w.group_size && !w.sums_->known;
       products_.push_back({&calls[c], find(calls[c].in, w.width, w.group_size),
-                           sums_rows ? find(nullptr, w.width, w.group_size) : nothing, 0});
+                           wants_ones ? find(nullptr, w.width, w.group_size) : nothing, !w.sums_->known, 0});
       bytes_ += w.bytes();
       rows_ += w.rows;
-      if (w.group_size) panel_bytes_ = std::max(panel_bytes_, kernels_.int4_workspace(w.width, w.group_size));
+      panel_bytes_ = std::max(panel_bytes_, w.group_size ? kernels_.int4_workspace(w.width, w.group_size)
+                                                         : kernels_.int8_workspace(w.width));
     }
   }
 
@@ -199,16 +214,15 @@ class LinearJob {
     }
     const bool few = bytes_ * static_cast<size_t>(tokens_) < alone_bytes;
     share(few ? alone : parallel, tasks, [&](int64_t i) { compute(i); });
-    for (const Product& product : products_) {
-      if (product.ones != nothing) product.call->weights->offsets_->known = true;
-    }
+    for (const Product& product : products_) product.call->weights->sums_->known = true;
   }
 
  private:
   static constexpr size_t nothing = ~size_t{0};
   struct Product {
     const LinearCall* call;
-    size_t input, ones;  // of `inputs_`; `ones` to compute the sums of rows with, where they are not known
+    size_t input, ones;  // of `inputs_`; `ones` to compute the sums of int4 rows with, where they are not known
+    bool sums_rows;
     int64_t first_task;
   };
 
@@ -245,11 +259,21 @@ class LinearJob {
     const int64_t last = std::min(w.rows, first + rows_per_task_);
     const QuantizedTokens& x = inputs_[product->input].tokens;
     float* out = product->call->out;
-    if (w.group_size == 0) return kernels_.int8_tokens(w.int8_, x, first, last, out);
-    if (product->ones != nothing) kernels_.int4_offsets(w.int4_, inputs_[product->ones].tokens, first, last);
-    if (tokens_ == 1) return kernels_.int4_token(w.int4_, x, first, last, out);
+    if (w.interleaved_.codes) return kernels_.interleaved_tokens(w.interleaved_, x, first, last, out);
+    if (product->sums_rows && w.group_size) {
+      kernels_.int4_offsets(w.int4_, inputs_[product->ones].tokens, first, last);
+    } else if (product->sums_rows) {
+      kernels_.int8_sums(w.int8_, first, last);
+    }
     static thread_local Workspace panel;
-    kernels_.int4_tokens(w.int4_, x, first, last, out, panel.reserve(panel_bytes_));
+    if (tokens_ == 1) {
+      w.group_size ? kernels_.int4_token(w.int4_, x, first, last, out)
+                   : kernels_.int8_token(w.int8_, x, first, last, out);
+    } else if (w.group_size) {
+      kernels_.int4_tokens(w.int4_, x, first, last, out, panel.reserve(panel_bytes_));
+    } else {
+      kernels_.int8_tokens(w.int8_, x, first, last, out, panel.reserve(panel_bytes_));
+    }
   }
 
   template <typename Task>

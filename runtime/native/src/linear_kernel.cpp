@@ -429,13 +429,14 @@ void int4_tokens(const Int4Rows& w, const QuantizedTokens& x, int64_t first, int
 
 // int8
 
+inline Bytes as_stored(Bytes v) { return v ^ static_cast<int8_t>(stored_offset ? -128 : 0); }
+
+// A block of `lanes` interleaved rows: their products with some tokens, `count` of which go to each row of `out`.
 template <int tokens>
-CRAYON_APART void multiply_int8(const Int8Rows& w, const QuantizedTokens& x, int64_t token, int64_t row, int64_t last,
-                                float* out) {
+CRAYON_APART void multiply_block(const int8_t* codes, int64_t places, Floats scales, Ints row_sums,
+                                 const QuantizedTokens& x, int64_t token, int64_t count, float* out, int64_t stride) {
   // One token alone would wait for its own sums.
   constexpr int parts = tokens == 1 ? 4 : 1;
-  const int8_t* codes = w.codes + row * round_up(w.width, 4);
-  const int64_t places = round_up(w.width, 4) / 4;
   Ints sums[tokens][parts] = {};
   for (int t = 0; t < tokens; ++t) sums[t][0] = broadcast_int(x.plain_sums[token + t]);
   const auto add = [&](int64_t place, int part) {
@@ -452,26 +453,34 @@ CRAYON_APART void multiply_int8(const Int8Rows& w, const QuantizedTokens& x, int
     for (int part = 0; part < parts; ++part) add(place + part, part);
   }
   for (; place < places; ++place) add(place, 0);
-  const Floats scales = load(w.scales + row);
-  const Ints row_sums = load_ints(w.sums + row);
   for (int t = 0; t < tokens; ++t) {
     Ints all = sums[t][0];
     for (int part = 1; part < parts; ++part) all += sums[t][part];
     const Floats exact = to_floats(all - broadcast_int(x.zero_points[token + t]) * row_sums);
-    store_some(out + (token + t) * w.rows + row, exact * scales * broadcast(x.scales[token + t]), last - row);
+    store_some(out + (token + t) * stride, exact * scales * broadcast(x.scales[token + t]), count);
   }
 }
 
-void int8_tokens(const Int8Rows& w, const QuantizedTokens& x, int64_t first, int64_t last, float* out) {
+void multiply_all(const int8_t* codes, int64_t places, const float* scales, const int32_t* sums,
+                  const QuantizedTokens& x, int64_t count, float* out, int64_t stride) {
   constexpr int at_once = 8;
+  const Floats factors = load(scales);
+  const Ints row_sums = load_ints(sums);
+  int64_t token = 0;
+  for (; token + at_once <= x.tokens; token += at_once) {
+    multiply_block<at_once>(codes, places, factors, row_sums, x, token, count, out, stride);
+  }
+  for (; token < x.tokens; ++token) multiply_block<1>(codes, places, factors, row_sums, x, token, count, out, stride);
+}
+
+void interleaved_tokens(const InterleavedRows& w, const QuantizedTokens& x, int64_t first, int64_t last, float* out) {
+  const int64_t places = round_up(w.width, 4) / 4;
   for (int64_t row = first; row < last; row += lanes) {
-    int64_t token = 0;
-    for (; token + at_once <= x.tokens; token += at_once) multiply_int8<at_once>(w, x, token, row, last, out);
-    for (; token < x.tokens; ++token) multiply_int8<1>(w, x, token, row, last, out);
+    multiply_all(w.codes + row * 4 * places, places, w.scales + row, w.sums + row, x, last - row, out + row, w.rows);
   }
 }
 
-void interleave_int8(const int8_t* codes, int64_t rows, int64_t width, int8_t* to, int32_t* sums) {
+void interleave(const int8_t* codes, int64_t rows, int64_t width, int8_t* to, int32_t* sums) {
   const int64_t places = round_up(width, 4) / 4;
   for (int64_t base = 0; base < rows; base += lanes) {
     for (int l = 0; l < lanes; ++l) {
@@ -488,13 +497,73 @@ void interleave_int8(const int8_t* codes, int64_t rows, int64_t width, int8_t* t
   }
 }
 
+// Bytes beyond the end of a row are multiplied with zeros of the token.
+void int8_token(const Int8Rows& w, const QuantizedTokens& x, int64_t first, int64_t last, float* out) {
+  for (int64_t row = first; row < last; ++row) {
+    const int8_t* codes = row == w.rows - 1 ? w.last_codes : w.codes + row * w.width;
+    Ints sums[2] = {};
+    int64_t at = 0;
+    const auto add = [&](int part) {
+      __builtin_prefetch(codes + at + prefetched_ahead, 0, 2);
+      sums[part] = dot_any(sums[part], as_stored(load_bytes(codes + at)), load_bytes(x.plain + at));
+      at += vector_bytes;
+    };
+    while (at + 2 * vector_bytes <= w.width) {
+      add(0);
+      add(1);
+    }
+    while (at < w.width) add(0);
+    int32_t product = x.plain_sums[0] - x.zero_points[0] * w.sums[row];
+    const Ints all = sums[0] + sums[1];
+    for (int l = 0; l < lanes; ++l) product += all[l];
+    out[row] = static_cast<float>(product) * w.scales[row] * x.scales[0];
+  }
+}
+
+void int8_sums(const Int8Rows& w, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row) {
+    const int8_t* codes = w.codes + row * w.width;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < w.width; ++i) sum += codes[i];
+    w.sums[row] = sum;
+  }
+}
+
+size_t int8_workspace(int64_t width) { return static_cast<size_t>(round_up(width, 4 * lanes) * lanes + 64); }
+
+void int8_tokens(const Int8Rows& w, const QuantizedTokens& x, int64_t first, int64_t last, float* out,
+                 void* workspace) {
+  int8_t* panel = reinterpret_cast<int8_t*>((reinterpret_cast<uintptr_t>(workspace) + 63) / 64 * 64);
+  const int64_t places = round_up(w.width, 4) / 4;
+  for (int64_t row = first; row < last; row += lanes) {
+    const int8_t* rows[lanes];
+    float scales[lanes];
+    int32_t sums[lanes];
+    for (int r = 0; r < lanes; ++r) {
+      const int64_t here = row + r < w.rows ? row + r : w.rows - 1;
+      rows[r] = here == w.rows - 1 ? w.last_codes : w.codes + here * w.width;
+      scales[r] = w.scales[here];
+      sums[r] = w.sums[here];
+    }
+    for (int64_t place = 0; place < places; place += lanes) {
+      Floats square[lanes];
+      for (int r = 0; r < lanes; ++r) square[r] = load(reinterpret_cast<const float*>(rows[r] + 4 * place));
+      transpose(square);
+      for (int r = 0; r < lanes; ++r) {
+        store_bytes(panel + (place + r) * vector_bytes, as_stored(reinterpret_cast<Bytes>(square[r])));
+      }
+    }
+    multiply_all(panel, places, scales, sums, x, last - row, out + row, w.rows);
+  }
+}
+
 }  // namespace
 
 #define CRAYON_JOIN_(a, b) a##b
 #define CRAYON_JOIN(a, b) CRAYON_JOIN_(a, b)
 extern const LinearKernels CRAYON_JOIN(linear_, CRAYON_KERNELS) = {
-    lanes,      measure,     to_plain,       to_pairs,     to_tile,     tile_tokens,
-    int4_token, int4_tokens, int4_workspace, int4_offsets, int8_tokens, interleave_int8,
+    lanes,          measure,      to_plain,   to_pairs,    to_tile,        tile_tokens, int4_token,         int4_tokens,
+    int4_workspace, int4_offsets, int8_token, int8_tokens, int8_workspace, int8_sums,   interleaved_tokens, interleave,
 };
 
 }  // namespace crayon

@@ -43,9 +43,18 @@ struct Int4Rows {
   int64_t rows = 0, width = 0, group_size = 0;
 };
 
-// Rows of int8 weights with one scale each, interleaved: of as many rows as a vector has lanes, four elements of each
-// in turn.
+// Rows of int8 weights as they lie in a file, with one scale each.
 struct Int8Rows {
+  const int8_t* codes = nullptr;       // [rows, width]
+  const float* scales = nullptr;       // [rows]
+  const int8_t* last_codes = nullptr;  // the last row, for reading beyond its end
+  int32_t* sums = nullptr;             // [rows]: of the row's codes
+  int64_t rows = 0, width = 0;
+};
+
+// The same for few rows or narrow ones, interleaved: of as many rows as a vector has lanes, four elements of each in
+// turn.
+struct InterleavedRows {
   const int8_t* codes = nullptr;  // [rows / lanes, width / 4, lanes, 4], filled up with zeros
   const float* scales = nullptr;  // [rows], filled up with zeros to a multiple of lanes
   const int32_t* sums = nullptr;  // [rows]: of the row's codes, filled up likewise
@@ -71,9 +80,16 @@ struct LinearKernels {
   size_t (*int4_workspace)(int64_t width, int64_t group_size);
   void (*int4_offsets)(const Int4Rows& weights, const QuantizedTokens& ones, int64_t first, int64_t last);
 
-  void (*int8_tokens)(const Int8Rows& weights, const QuantizedTokens& x, int64_t first, int64_t last, float* out);
-  // From [rows, width] to the form of Int8Rows.
-  void (*interleave_int8)(const int8_t* codes, int64_t rows, int64_t width, int8_t* to, int32_t* sums);
+  void (*int8_token)(const Int8Rows& weights, const QuantizedTokens& x, int64_t first, int64_t last, float* out);
+  void (*int8_tokens)(const Int8Rows& weights, const QuantizedTokens& x, int64_t first, int64_t last, float* out,
+                      void* workspace);
+  size_t (*int8_workspace)(int64_t width);
+  void (*int8_sums)(const Int8Rows& weights, int64_t first, int64_t last);
+
+  void (*interleaved_tokens)(const InterleavedRows& weights, const QuantizedTokens& x, int64_t first, int64_t last,
+                             float* out);
+  // From [rows, width] to the form of InterleavedRows.
+  void (*interleave)(const int8_t* codes, int64_t rows, int64_t width, int8_t* to, int32_t* sums);
 };
 
 extern const LinearKernels linear_baseline;

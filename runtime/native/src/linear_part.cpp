@@ -24,11 +24,11 @@ namespace crayon {
 namespace {
 
 // By the names of the weights, which say what they are: methods and programs over the same weights share them.
-std::shared_ptr<RowOffsets> offsets_of(const std::string& codes, const std::string& scales) {
-  static std::map<std::pair<std::string, std::string>, std::weak_ptr<RowOffsets>> known;
-  std::weak_ptr<RowOffsets>& entry = known[{codes, scales}];
-  std::shared_ptr<RowOffsets> found = entry.lock();
-  if (!found) entry = found = std::make_shared<RowOffsets>();
+std::shared_ptr<RowSums> sums_of(const std::string& codes, const std::string& scales) {
+  static std::map<std::pair<std::string, std::string>, std::weak_ptr<RowSums>> known;
+  std::weak_ptr<RowSums>& entry = known[{codes, scales}];
+  std::shared_ptr<RowSums> found = entry.lock();
+  if (!found) entry = found = std::make_shared<RowSums>();
   return found;
 }
 
@@ -107,16 +107,19 @@ Error LinearPart::load(const NamedDataMap* map) {
     if (!codes.ok()) return codes.error();
     auto scales = take(*map, node.scales, scales_bytes);
     if (!scales.ok()) return scales.error();
+    auto sums = sums_of(node.codes, node.scales);
     if (int4) {
       weights_.push_back(LinearWeights::int4(static_cast<const uint8_t*>(codes->data()),
                                              static_cast<const uint16_t*>(scales->data()), node.rows, node.width,
-                                             node.group_size, offsets_of(node.codes, node.scales)));
-      data_.push_back(std::move(*codes));
-      data_.push_back(std::move(*scales));
+                                             node.group_size, std::move(sums)));
     } else {
       weights_.push_back(LinearWeights::int8(static_cast<const int8_t*>(codes->data()),
-                                             static_cast<const float*>(scales->data()), node.rows, node.width));
+                                             static_cast<const float*>(scales->data()), node.rows, node.width,
+                                             std::move(sums)));
+      if (LinearWeights::copies_int8(node.rows, node.width)) continue;
     }
+    data_.push_back(std::move(*codes));
+    data_.push_back(std::move(*scales));
   }
   return Error::Ok;
 }

@@ -152,8 +152,8 @@ std::optional<LinearGraph> read_linear_graph(const uint8_t* data, size_t size) {
                         name_of(graph, filter->scales)};
       const bool int4 = filter->datatype == qbint4 && filter->parameters == per_channel_group &&
                         LinearWeights::takes_int4(linear.rows, linear.width, linear.group_size);
-      const bool int8 = filter->datatype == qcint8 && filter->parameters == per_channel &&
-                        LinearWeights::takes_int8(linear.rows, linear.width);
+      const bool int8 =
+          filter->datatype == qcint8 && filter->parameters == per_channel && linear.rows > 0 && linear.width > 0;
       if (!(int4 || int8) || linear.codes.empty() || linear.scales.empty() || source.dims.empty() ||
           source.dims.back() != linear.width || output->dims.empty() || output->dims.back() != linear.rows) {
         return std::nullopt;

@@ -50,9 +50,10 @@ void test_linears(int32_t count, const uint8_t* const* codes, const void* const*
   for (int32_t i = 0; i < count; ++i) {
     weights.push_back(group_sizes[i]
                           ? crayon::LinearWeights::int4(codes[i], static_cast<const uint16_t*>(scales[i]), rows[i],
-                                                        width, group_sizes[i], std::make_shared<crayon::RowOffsets>())
+                                                        width, group_sizes[i], std::make_shared<crayon::RowSums>())
                           : crayon::LinearWeights::int8(reinterpret_cast<const int8_t*>(codes[i]),
-                                                        static_cast<const float*>(scales[i]), rows[i], width));
+                                                        static_cast<const float*>(scales[i]), rows[i], width,
+                                                        std::make_shared<crayon::RowSums>()));
     calls.push_back({weights.back().get(), in, out[i]});
   }
   const crayon::ParallelFor parallel{run_on_threads, &threads, threads};
