@@ -25,7 +25,7 @@ from crayon_export.tensorfile import read_safetensors
 from crayon_runtime import Engine, backends, golden
 from crayon_runtime.bundle import Bundle
 from crayon_runtime.errors import CheckpointError, OutputError, TemplateError
-from crayon_runtime.manifest import ExecutorchVariant
+from crayon_runtime.manifest import LINEARS, AdapterSlots, ExecutorchVariant
 from tests import programs
 from tests.support import needs
 
@@ -110,6 +110,21 @@ def test_textllmrunner_answers_from_a_single_file() -> None:
     said = msgspec.json.decode(done.stdout.splitlines()[-1])
     assert said["runner"].strip() == said["runtime"].strip() != ""
     assert said["largest_difference"] == 0
+
+
+def test_the_manifest_says_what_slots_there_are() -> None:
+    alone = programs.exported_int8()
+    assert alone.model.adapter_slots == AdapterSlots(list(LINEARS), 16)
+    slots = executorch(alone).slots
+    assert slots is not None
+    assert (slots.rank, slots.dtype, slots.layers) == (16, "int8", 2)
+    assert [(t.name, t.in_features, t.out_features) for t in slots.targets] == [
+        ("q_proj", 64, 80), ("k_proj", 64, 40), ("v_proj", 64, 40), ("o_proj", 80, 64),
+        ("gate_proj", 64, 160), ("up_proj", 64, 160), ("down_proj", 160, 64),
+    ]  # fmt: skip
+    both = programs.made().bundle
+    assert both.model.adapter_slots == AdapterSlots(list(LINEARS), None), "the graph takes any rank"
+    assert programs.exported_as_a_single_file().model.adapter_slots is None
 
 
 # Without torch

@@ -32,6 +32,7 @@ from crayon_export.storage import Storage
 from crayon_export.streaming import WrittenWeights
 from crayon_runtime.bundle import Bundle, BundleWriter
 from crayon_runtime.manifest import (
+    LINEARS,
     PRODUCER,
     SCHEMA_VERSION,
     AdapterSlots,
@@ -168,7 +169,7 @@ def run(
                 kv_dtype=p.kv_dtype,  # type: ignore[arg-type]
                 tokenizer=info,
                 variants=variants,
-                adapter_slots=AdapterSlots(p.slots, None) if p.slots else None,
+                adapter_slots=_adapter_slots(p),
                 tap=Tap(p.tap_layer, a.hidden_size),
                 golden=Golden("golden.json", "golden.safetensors"),
                 merged=[Merged(p.merged.name, p.merged.sha256)] if p.merged else [],
@@ -216,6 +217,13 @@ def _program(
     template = template_for(spec_of(p, info), on_stage)
     with writer.place("model.pte" if p.single_file else "model.ptd") as file:
         yield Filling(template, file, with_slots=p.program_slots is not None, single_file=p.single_file, pool=pool)
+
+
+def _adapter_slots(p: ExportPlan) -> AdapterSlots | None:
+    """Of the graph; where there is none, of the program."""
+    if p.backends == ["executorch"] and p.program_slots is not None:
+        return AdapterSlots([name for name in LINEARS if name in p.program_slots.targets], p.program_slots.rank)
+    return AdapterSlots(p.slots, None) if p.slots else None
 
 
 def _add_adapters(
