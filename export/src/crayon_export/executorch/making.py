@@ -6,6 +6,7 @@ line of output says what comes next. It ends early when its input does: whoever 
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -103,6 +104,7 @@ def main() -> None:
         with quiet():
             from crayon_export.executorch.lowering import make_template
 
+            gc.freeze()  # what is imported stays; it need not be looked through again and again
             template = make_template(spec, lambda text: print(text, file=said))
         write_template(Path(sys.argv[1]), template)
     except CrayonError as e:

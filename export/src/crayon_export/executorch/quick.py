@@ -264,16 +264,13 @@ def _cloned_input() -> Callable[[Any, Any], Any]:
 @contextmanager
 def lazy_zeros() -> Iterator[None]:
     """Within, `torch.zeros` takes no memory before something is written; KV caches are gigabytes that nobody reads."""
-    zeros = torch.zeros
+    zeros, numbers = torch.zeros, {torch.float32: np.float32, torch.int8: np.int8}
 
     def lazy(*size: Any, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        made: torch.Tensor = zeros(*size, dtype=dtype, device="meta", **kwargs)
-        if device not in (None, "cpu", torch.device("cpu")) or made.dtype not in (torch.float32, torch.int8):
+        where = torch.get_default_device() if device is None else torch.device(device)
+        if kwargs or dtype not in numbers or where.type != "cpu":
             return zeros(*size, dtype=dtype, device=device, **kwargs)
-        if device is None and torch.get_default_device().type != "cpu":
-            return zeros(*size, dtype=dtype, **kwargs)
-        numbers = np.zeros(tuple(made.shape), np.float32 if made.dtype == torch.float32 else np.int8)
-        return torch.from_numpy(numbers)
+        return torch.from_numpy(np.zeros(size if isinstance(size[0], int) else tuple(size[0]), numbers[dtype]))
 
     with patch.object(torch, "zeros", lazy):
         yield

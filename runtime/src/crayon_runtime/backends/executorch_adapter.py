@@ -171,5 +171,6 @@ def _entries(shape: tuple[int, int], slots: ProgramSlots) -> list[Entry]:
 def _stored(matrix: Floats, slots: ProgramSlots) -> list[npt.NDArray[Any]]:
     if slots.dtype == "fp32":
         return [matrix]
-    codes, scales = _ROWS.quantize(matrix)
+    with np.errstate(invalid="ignore"):  # of NaN, which the scales tell of
+        codes, scales = _ROWS.quantize(matrix)
     return [codes, scales]
