@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from crayon_export import architecture as arch
 from crayon_export.architecture import linears
-from crayon_export.executorch.storage import PER_ROW, linear_form, stored_adapter, worth
+from crayon_export.executorch.storage import PER_ROW, head_form, linear_form, stored_adapter, worth
 from crayon_export.executorch.template import ROTARY, Part, Program, Slot, Template
 from crayon_export.lora import PeftAdapter
 from crayon_export.report import TensorReport
@@ -63,7 +63,8 @@ class Filling:
         self._single = SingleFile(file, program) if single_file else None
         weights = self._single or FlatTensorWriter(file, entries(program.slots))
         group_size = template.spec.group_size or None
-        self.storage = FilledProgram(program.slots, weights, group_size=group_size, pool=pool)
+        tied = template.spec.tied_embeddings
+        self.storage = FilledProgram(program.slots, weights, group_size=group_size, tied=tied, pool=pool)
         self._names: dict[str, str] = {}
 
     def finish(self, architecture: Architecture) -> None:
@@ -119,18 +120,20 @@ class FilledProgram:
         program: of a template.
         weights: what its slots, `slots`, are written to: a `FlatTensorWriter` of `entries`, or a `SingleFile`.
         group_size: what the template was made for; None: everything is float32.
+        tied: whether the output layer is the embedding.
         pool: quantizes.
     """
 
     backend = "executorch"
 
     def __init__(
-        self, slots: Sequence[Slot], weights: _Weights, *, group_size: int | None, pool: ThreadPoolExecutor
+        self, slots: Sequence[Slot], weights: _Weights, *, group_size: int | None, tied: bool, pool: ThreadPoolExecutor
     ) -> None:
         self._slots = slots
         self._index = {(slot.tensor, slot.part): i for i, slot in enumerate(slots)}
         self._weights = weights
         self._group_size = group_size
+        self._tied = tied
         self._pool = pool
 
     @property
@@ -141,7 +144,9 @@ class FilledProgram:
         return _Matrix(self, name, rows, width, PER_ROW if self.lossy else None)
 
     def linear(self, module: str, rows: int, width: int) -> Matrix:
-        return _Matrix(self, f"{module}.weight", rows, width, linear_form(width, self._group_size))
+        head = module == "lm_head"
+        form = head_form(width, self._group_size, tied=self._tied) if head else linear_form(width, self._group_size)
+        return _Matrix(self, f"{module}.weight", rows, width, form)
 
     def vector(self, name: str, values: Floats) -> None:
         self.write(self.slot(name, "values", values.shape, "fp32"), values)

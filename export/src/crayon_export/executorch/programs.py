@@ -139,7 +139,8 @@ class Official:
         pool: ThreadPoolExecutor,
         on_stage: Callable[[str], None],
     ) -> None:
-        self.storage = ProgramStorage(scratch, group_size=group_size, pool=pool)
+        tied = spec.architecture.tied_embeddings
+        self.storage = ProgramStorage(scratch, group_size=group_size, tied=tied, pool=pool)
         self.dtype: ProgramDtype = "int8" if group_size else "fp32"
         self._spec, self._adapters, self._scratch, self._on_stage = spec, adapters, scratch, on_stage
         self._made: list[ProgramFiles] = []

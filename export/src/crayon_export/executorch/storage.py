@@ -40,6 +40,13 @@ def linear_form(width: int, group_size: int | None) -> Affine | None:
     return Affine(4, sizes[0]) if sizes else None
 
 
+def head_form(width: int, group_size: int | None, *, tied: bool) -> Affine | None:
+    """The format of the output layer. A tied one is the embedding: the same bytes, which a data file holds once."""
+    if not tied:
+        return linear_form(width, group_size)
+    return None if group_size is None else PER_ROW
+
+
 class ProgramStorage:
     """`storage.Storage` in a scratch folder, one file a matrix.
 
@@ -48,14 +55,16 @@ class ProgramStorage:
 
     Args:
         group_size: one of `GROUP_SIZES`; None: everything is float32.
+        tied: whether the output layer is the embedding.
         pool: quantizes.
     """
 
     backend = "executorch"
 
-    def __init__(self, folder: Path, *, group_size: int | None, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, folder: Path, *, group_size: int | None, tied: bool, pool: ThreadPoolExecutor) -> None:
         self._folder = folder
         self._group_size = group_size
+        self._tied = tied
         self._pool = pool
         self.tensors: dict[str, Stored] = {}
         """By the name in the checkpoint; an untied and a tied head alike as lm_head.weight."""
@@ -68,7 +77,9 @@ class ProgramStorage:
         return _File(self, name, rows, width, PER_ROW if self.lossy else None)
 
     def linear(self, module: str, rows: int, width: int) -> Matrix:
-        return _File(self, f"{module}.weight", rows, width, linear_form(width, self._group_size))
+        head = module == "lm_head"
+        form = head_form(width, self._group_size, tied=self._tied) if head else linear_form(width, self._group_size)
+        return _File(self, f"{module}.weight", rows, width, form)
 
     def vector(self, name: str, values: Floats) -> None:
         self.tensors[name] = Stored(values, None, None)

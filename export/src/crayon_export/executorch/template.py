@@ -63,6 +63,8 @@ class TemplateSpec(Struct, frozen=True, kw_only=True):
     head_size: Count
     ffn_size: Count
     vocab_size: Count
+    tied_embeddings: bool
+    """Then the output layer is int8 by row, as the embedding: the same bytes."""
     norm_eps: float
     group_size: int
     """What was asked for; `storage.linear_form` says what it means for each width. 0: everything is float32."""
@@ -110,6 +112,7 @@ class TemplateSpec(Struct, frozen=True, kw_only=True):
             head_size=a.head_size,
             ffn_size=a.ffn_size,
             vocab_size=a.vocab_size,
+            tied_embeddings=a.tied_embeddings,
             norm_eps=a.norm_eps,
             group_size=group_size or 0,
             context_length=context_length,
@@ -122,7 +125,8 @@ class TemplateSpec(Struct, frozen=True, kw_only=True):
 
     @property
     def architecture(self) -> Architecture:
-        """An architecture of these shapes. Its rotary tables are not the model's: they are data, like the weights."""
+        """An architecture of these shapes, in which a tied output layer is a layer of its own: its slots are. Its rotary tables are not the
+        model's: they are data, like the weights."""
         return Architecture(
             model_type="llama",
             layers=self.layers,
