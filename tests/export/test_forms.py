@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -38,12 +38,12 @@ def _mobile(folder: Path) -> Path:
     return model
 
 
-MODELS: dict[str, tuple[Callable[[Path], Path], int]] = {
-    "nano": (lambda _: load_nano(), 32),
-    "stories260K": (lambda _: needs.reference_model(), 32),
-    "mobilellm-125m": (_mobile, 64),
+MODELS: dict[str, tuple[Callable[[Path], Path], dict[str, int]]] = {
+    "nano": (lambda _: load_nano(), {}),
+    "stories260K": (lambda _: needs.reference_model(), {}),
+    "mobilellm-125m": (_mobile, {"group_size": 64, "context_length": 256}),
 }
-"""How each is had, and its group size."""
+"""How each is had, and how it is exported. nano's template comes with the package."""
 
 
 class Forms(NamedTuple):
@@ -70,15 +70,15 @@ class Forms(NamedTuple):
 def forms(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Forms:
     needs.native()
     needs.module("executorch")
-    folder, (model_of, group_size) = tmp_path_factory.mktemp(request.param), MODELS[request.param]
+    folder, (model_of, own) = tmp_path_factory.mktemp(request.param), MODELS[request.param]
     model = model_of(folder / "model")
     adapter = tiny_adapter(model, folder / "alice", r=8, gain=0.2, target_modules="all-linear")
-    options = {"backend": "executorch", "group_size": group_size, "context_length": 256, "adapters": [adapter]}
+    options: dict[str, Any] = {"backend": "executorch", "adapters": [adapter], **own}
     with pytest.MonkeyPatch.context() as patch:
         # A template that is made for this stays out of the user's cache; the program is the same in all three.
         patch.setenv("XDG_CACHE_HOME", os.environ.get("CRAYON_TEST_PROGRAMS") or str(folder / "cache"))
         return Forms(
-            export(model, folder / "switchable", **options).bundle,
+            export(model, folder / "switchable", slot_rank=16, **options).bundle,
             export(model, folder / "merged", merge=True, **options).bundle,
             export(model, folder / "single", merge=True, single_file=True, **options).bundle,
         )

@@ -10,6 +10,7 @@ import threading
 import time
 import zipfile
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from crayon_export.executorch.template import (
     read_template,
     write_template,
 )
-from crayon_runtime.errors import BackendError, InvalidInput, OutputError, TemplateError
+from crayon_runtime.errors import BackendError, InvalidInput, MissingExtra, OutputError, TemplateError
+from crayon_runtime.manifest import LINEARS
 from tests.support import ROOT, needs
 
 SPEC = TemplateSpec(
@@ -348,11 +350,15 @@ def test_the_version_is_the_one_that_is_pinned() -> None:
     making.check_version()
 
 
-def test_without_executorch_a_template_that_is_here_is_enough(
-    monkeypatch: pytest.MonkeyPatch, made: list[TemplateSpec]
-) -> None:
-    templates.template_for(SPEC)
-    monkeypatch.undo()
+def test_without_executorch_a_template_that_is_here_is_enough(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(making, "version", missing)
+    write_template(cache / f"{SPEC.key}{SUFFIX}", small())
+    assert templates.template_for(SPEC) == small()
+    with pytest.raises(MissingExtra, match="'pte'"):
+        templates.template_for(WITH_SLOTS)
 
 
 # The command line
@@ -400,3 +406,21 @@ def test_what_is_not_a_template_is_not_imported(tmp_path: Path, cache: Path) -> 
 def test_a_key_that_means_nothing(cache: Path) -> None:
     with pytest.raises(InvalidInput, match="no template 'abcdef'"):
         templates.export_template("abcdef", cache / "x")
+
+
+def test_a_model_is_asked_for_what_its_exports_need(cache: Path, made: list[TemplateSpec], tmp_path: Path) -> None:
+    from tests.export.models import tiny_adapter, tiny_llama, tiny_tokenizer
+
+    model = tiny_tokenizer(tiny_llama(tmp_path / "model"))
+    adapter = tiny_adapter(model, tmp_path / "adapter")
+    options = ["--group-size", "64", "--context-length", "128", "--kv-dtype", "int8", "--tap-layer", "1"]
+    key = _crayon("export", model, tmp_path / "one", *options, "--adapter", adapter)["key"]
+    _crayon("export", model, tmp_path / "other", *options, "--slot-rank", "3", "--slot-target", "q_proj")
+    _crayon("export", model, tmp_path, "--quantize", "none", "--no-adapter-slots")
+    one, other, plain = made
+    assert (one.group_size, one.context_length, one.kv_dtype, one.tap_layer, one.eos) == (64, 128, "int8", 1, [2])
+    assert one.adapter == AdapterSpec(4, sorted(LINEARS))
+    assert key == one.key
+    assert other == msgspec.structs.replace(one, adapter=AdapterSpec(3, ["q_proj"]))
+    assert (plain.group_size, plain.adapter) == (0, None)
+    assert read_template(tmp_path / f"{plain.key}{SUFFIX}").spec == plain

@@ -132,8 +132,11 @@ def list_(as_json: bool) -> None:
 @click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 or 128.  [default: 32]")
 @click.option("--context-length", type=int, help="As for `crayon export`.")
 @click.option("--kv-dtype", type=click.Choice(["fp32", "int8"]), default="fp32", show_default=True)
+@click.option(
+    "--adapter", "adapters", multiple=True, type=_FOLDER, help="A PEFT LoRA that the slots shall hold. Repeatable."
+)
 @click.option("--adapter-slots/--no-adapter-slots", default=True, help="Whether adapters can be attached.")
-@click.option("--slot-rank", type=click.IntRange(min=1), help="Of the slots.  [default: 16]")
+@click.option("--slot-rank", type=click.IntRange(min=1), help="Of the slots.  [default: that of the adapters, or 16]")
 @click.option(
     "--slot-target", "slot_targets", multiple=True, type=click.Choice(LINEARS), help="As for `crayon export`."
 )

@@ -217,7 +217,7 @@ def _part(program: ExportedProgram, specs: list[CompileSpec], identify: Identify
             (
                 node.op,
                 # The names of placeholders differ; what they are is in the signature.
-                f"{node.target}" if node.op == "call_function" else "",
+                "" if node.op == "placeholder" else str(node.target),
                 plain(node.args),
                 plain(node.kwargs),
                 plain(node.meta.get("val")),
