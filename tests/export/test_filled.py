@@ -23,9 +23,11 @@ from crayon_export.executorch.templates import list_templates, read_template
 from crayon_export.exporter import export
 from crayon_export.tensorfile import read_safetensors
 from crayon_runtime import Engine, backends, golden
+from crayon_runtime.affine import Affine
 from crayon_runtime.bundle import Bundle
 from crayon_runtime.errors import CheckpointError, OutputError, TemplateError
 from crayon_runtime.manifest import LINEARS, AdapterSlots, ExecutorchVariant
+from crayon_server.models import load_nano
 from tests import programs
 from tests.support import needs
 
@@ -290,3 +292,19 @@ def test_killed_while_the_weights_are_written(tmp_path: Path) -> None:
     )
     assert list(tmp_path.iterdir()) == [tmp_path / "bundle"]
     assert Bundle.open(tmp_path / "bundle", verify=True).read("model.ptd") == made.bundle.read("model.ptd")
+
+
+def test_a_tied_head_and_the_embedding_are_stored_once(tmp_path: Path) -> None:
+    """With the template that comes with the package: `nano` is tied."""
+    needs.native()
+    bundle = export(load_nano(), tmp_path / "bundle", backend="executorch").bundle
+    data, architecture = bundle.read("model.ptd"), bundle.model.architecture
+    weights = read_safetensors(load_nano() / "model.safetensors").tensors["model.embed_tokens.weight"].read()
+    codes, _ = Affine(8, 0).quantize(weights)
+    assert architecture.tied_embeddings
+    assert data.count(codes.tobytes()) == 1
+    name = hashlib.sha256(codes.tobytes()).hexdigest().encode()
+    assert data.count(name) == 1, "the head's name"
+    assert name in bundle.read("model.pte")
+    assert data.count(b"transformer.tok_embeddings.weight") == 1
+    assert all(result.passed for result in golden.replay(bundle, backend="executorch"))
