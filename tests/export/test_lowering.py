@@ -18,8 +18,8 @@ from tests.support import ROOT, needs
 
 # Widths of which no group divides one, and the tap in between.
 SPEC = TemplateSpec(
-    layers=2, hidden_size=64, heads=2, kv_heads=1, head_size=40, ffn_size=96, vocab_size=320, norm_eps=1e-5, group_size=32,
-    context_length=128, kv_dtype="fp32", tap_layer=1, bos=1, eos=[2, 3], adapter=AdapterSpec(4, sorted(LINEARS)),
+    layers=2, hidden_size=64, heads=2, kv_heads=1, head_size=40, ffn_size=96, vocab_size=320, tied_embeddings=False, norm_eps=1e-5,
+    group_size=32, context_length=128, kv_dtype="fp32", tap_layer=1, bos=1, eos=[2, 3], adapter=AdapterSpec(4, sorted(LINEARS)),
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def slowly(spec: TemplateSpec, path: Path) -> Template:
     "spec",
     [
         SPEC,
-        msgspec.structs.replace(SPEC, kv_dtype="int8", adapter=None, layers=1, bos=None),
+        msgspec.structs.replace(SPEC, kv_dtype="int8", adapter=None, layers=1, bos=None, tied_embeddings=True),
         msgspec.structs.replace(SPEC, group_size=0, adapter=None, layers=1, tap_layer=0),
     ],
     ids=["slots", "int8 cache", "float32"],

@@ -37,8 +37,8 @@ from crayon_runtime.manifest import LINEARS
 from tests.support import ROOT, needs
 
 SPEC = TemplateSpec(
-    layers=1, hidden_size=64, heads=2, kv_heads=1, head_size=32, ffn_size=96, vocab_size=320, norm_eps=1e-5, group_size=32,
-    context_length=128, kv_dtype="fp32", tap_layer=1, bos=1, eos=[2],
+    layers=1, hidden_size=64, heads=2, kv_heads=1, head_size=32, ffn_size=96, vocab_size=320, tied_embeddings=False, norm_eps=1e-5,
+    group_size=32, context_length=128, kv_dtype="fp32", tap_layer=1, bos=1, eos=[2],
 )  # fmt: skip
 WITH_SLOTS = msgspec.structs.replace(SPEC, adapter=AdapterSpec(8, ["q_proj", "v_proj"]))
 
@@ -158,8 +158,8 @@ def test_everything_that_shapes_a_program_is_in_the_key() -> None:
     keys = {SPEC.key, WITH_SLOTS.key}
     changes: list[dict[str, Any]] = [
         {"layers": 2}, {"hidden_size": 96}, {"heads": 4}, {"kv_heads": 2}, {"head_size": 16}, {"ffn_size": 64},
-        {"vocab_size": 321}, {"norm_eps": 1e-6}, {"group_size": 64}, {"group_size": 0}, {"context_length": 64},
-        {"kv_dtype": "int8"}, {"tap_layer": 0}, {"bos": None}, {"eos": [2, 3]}, {"executorch": "1.4.1"},
+        {"vocab_size": 321}, {"tied_embeddings": True}, {"norm_eps": 1e-6}, {"group_size": 64}, {"group_size": 0},
+        {"context_length": 64}, {"kv_dtype": "int8"}, {"tap_layer": 0}, {"bos": None}, {"eos": [2, 3]}, {"executorch": "1.4.1"},
         {"adapter": AdapterSpec(4, ["q_proj", "v_proj"])}, {"adapter": AdapterSpec(8, ["q_proj"])},
     ]  # fmt: skip
     assert {name for change in changes for name in change} == set(TemplateSpec.__struct_fields__)
