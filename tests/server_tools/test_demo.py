@@ -200,10 +200,14 @@ def test_the_service_counts_the_same_bytes(done: tuple[Path, DemoReport]) -> Non
     log = [json.loads(line) for line in (out / "server/service.log").read_text().splitlines() if line[0] == "{"]
     messages = [message for person in report.people for message in (*person.customizing, *person.chat)]
     assert {message.response_head.split()[1] for message in messages} == {"200"}
-    of_devices = [line for line in log if line["route"] != CHAT] + [line for line in log if line["route"] == CHAT]
-    messages = [message for person in report.people for message in person.customizing]
-    messages += [message for person in report.people for message in person.chat]
-    for line, message in zip(of_devices, messages, strict=False):  # what follows is what the demo itself has asked
+    chats = [line for line in log if line["route"] == CHAT], [m for person in report.people for m in person.chat]
+    others = (
+        [line for line in log if line["route"] != CHAT],
+        [m for person in report.people for m in person.customizing],
+    )
+    pairs = [pair for kind in (others, chats) for pair in zip(*kind, strict=False)]
+    assert len(pairs) == len(messages)
+    for line, message in pairs:  # of each kind, what follows is what the demo itself has asked
         assert line["method"] == message.request_head.split()[0]
         assert line["ms"] == message.service_ms
         if line["route"] == CHAT:  # its chunks have sizes, which the service does not count
@@ -212,7 +216,9 @@ def test_the_service_counts_the_same_bytes(done: tuple[Path, DemoReport]) -> Non
             assert line["bytes"] == message.response_bytes[1]
     queries = {query.prompt for person in report.people for query in person.asked}
     routed = {query.prompt for person in report.people for query in person.asked if query.route == "server"}
-    assert len(of_devices) == len(messages) + len(queries - routed)
+    assert len(chats[0]) == len(chats[1]) + len(queries - routed)
+    again = others[0][len(others[1]) :]  # in ExecuTorch
+    assert {line["route"] for line in again} <= {line["route"] for line in others[0][: len(others[1])]}
 
 
 def test_what_leaves_with_a_query_is_the_query(done: tuple[Path, DemoReport]) -> None:
@@ -428,7 +434,7 @@ def test_without_a_comparison_the_demo_goes_on(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(story._Story, "_oracle", lambda _: nullcontext(waited))
     for part in ("_export", "_build", "_with_prototypes"):
         monkeypatch.setattr(story._Story, part, lambda *_: None)
-    monkeypatch.setattr(story._Story, "_serve", lambda *_: (None, None, None))
+    monkeypatch.setattr(story._Story, "_serve", lambda *_, **__: (None, None, None, None))
     monkeypatch.setattr(story._Story, "_report", lambda _, *facts: facts)
     said: list[str] = []
     compared, missing, _ = story._Story(tmp_path, QUICK, said.append, nullcontext).tell()[-3:]  # type: ignore[index]
