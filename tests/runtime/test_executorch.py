@@ -24,7 +24,6 @@ from crayon_runtime.manifest import (
     ExecutorchAdapterVariant,
     ExecutorchVariant,
     ModelManifest,
-    Variants,
 )  # fmt: skip
 from tests.programs import exported, exported_int8
 from tests.runtime.bundles import flip_byte
@@ -170,7 +169,7 @@ def test_adapters_that_do_not_fit(backend: ExecutorchBackend, bundle: Bundle, tm
 
     with BundleWriter(tmp_path / "base") as writer:  # the base's own program
         writer.add_file("model.pte", bundle.file("model.pte"))
-        variants = AdapterVariants(executorch=ExecutorchAdapterVariant("model.pte", [], "fp32"))
+        variants = AdapterVariants(executorch=ExecutorchAdapterVariant([], "fp32", "model.pte"))
         writer.finish(msgspec.structs.replace(alice.as_adapter, variants=variants))
     with pytest.raises(AdapterError, match="was made for another export of this model"):
         backend.read_adapter(Bundle.open(tmp_path / "base"))
@@ -185,12 +184,15 @@ def test_adapters_that_do_not_fit(backend: ExecutorchBackend, bundle: Bundle, tm
 
 
 def test_adapters_inside_name_their_program(bundle: Bundle) -> None:
-    assert bundle.model.variants == Variants(
-        onnx=bundle.model.variants.onnx, executorch=ExecutorchVariant("model.pte", ["model.ptd"])
-    )
+    variant = bundle.model.variants.executorch
+    assert isinstance(variant, ExecutorchVariant)
+    assert (variant.program, variant.data) == ("model.pte", ["model.ptd"])
+    assert variant.slots
+    assert variant.slots.program == "adapter-slots.pte"
     manifest = bundle.adapter("alice").as_adapter
     assert isinstance(manifest, AdapterManifest)
     assert isinstance(manifest.variants.executorch, ExecutorchAdapterVariant)
+    assert manifest.variants.executorch.program == "adapter.pte"
     assert backends.served(bundle.adapter("alice")) == ["onnx", "executorch"]
 
 
