@@ -317,7 +317,7 @@ def test_no_more_conversations_are_kept_than_were_asked_for(hybrid: Any) -> None
         assert b'"content":"s"' in body(connection)
         connection.close()
     wait(lambda: served.answers.present == 0)
-    assert tiny.fake(served.engine).open_caches == 2
+    assert 1 <= tiny.fake(served.engine).open_caches <= 2  # one, where answers came one after the other
 
 
 @pytest.mark.parametrize("policy", [always(), NEVER_SURE, confident(1.0, after=3)], ids=["always", "after", "early"])
