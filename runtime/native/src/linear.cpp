@@ -120,7 +120,8 @@ void* Workspace::reserve(size_t bytes) {
 
 bool LinearWeights::takes_int4(int64_t rows, int64_t width, int64_t group_size) {
   const bool power_of_two = group_size > 0 && (group_size & (group_size - 1)) == 0;
-  return rows > 0 && power_of_two && group_size >= 32 && width > 0 && width % group_size == 0;
+  // Kernels read up to 32 bytes beyond a row; the one behind the last but one is as long only from here on.
+  return rows > 0 && power_of_two && group_size >= 32 && width >= 64 && width % group_size == 0;
 }
 
 bool LinearWeights::copies_int8(int64_t rows, int64_t width) {

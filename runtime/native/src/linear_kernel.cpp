@@ -91,6 +91,12 @@ inline Ints dot_any(Ints sums, Bytes first, Bytes second) {
 }
 #endif
 
+// Four bytes a lane, from anywhere.
+template <typename Byte>
+inline Floats load_lanes(const Byte* p) {
+  return reinterpret_cast<Floats>(load_bytes(reinterpret_cast<const int8_t*>(p)));
+}
+
 inline float from_bfloat16(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;
@@ -343,7 +349,7 @@ void transpose_panel(const Int4Rows& w, int64_t first, uint8_t* codes, float* sc
   }
   for (int64_t place = 0; place < places; place += lanes) {
     Floats square[lanes];
-    for (int r = 0; r < lanes; ++r) square[r] = load(reinterpret_cast<const float*>(rows[r] + 4 * place));
+    for (int r = 0; r < lanes; ++r) square[r] = load_lanes(rows[r] + 4 * place);
     transpose(square);
     float* to = reinterpret_cast<float*>(codes + place * vector_bytes);
     for (int r = 0; r < lanes; ++r) store(to + r * lanes, square[r]);
@@ -547,7 +553,7 @@ void int8_tokens(const Int8Rows& w, const QuantizedTokens& x, int64_t first, int
     }
     for (int64_t place = 0; place < places; place += lanes) {
       Floats square[lanes];
-      for (int r = 0; r < lanes; ++r) square[r] = load(reinterpret_cast<const float*>(rows[r] + 4 * place));
+      for (int r = 0; r < lanes; ++r) square[r] = load_lanes(rows[r] + 4 * place);
       transpose(square);
       for (int r = 0; r < lanes; ++r) {
         store_bytes(panel + (place + r) * vector_bytes, as_stored(reinterpret_cast<Bytes>(square[r])));
