@@ -98,6 +98,9 @@ def test_our_runner_computes_what_the_official_runtime_does(forms: Forms, form: 
     native = needs.native()
     program, method = forms.program(form)
     known = official.answer(program, method)
+    # Random weights pass on more of what rounding changes, and many of their tokens are nearly as likely as the best.
+    random = forms.switchable.model.architecture.vocab_size > 1000
+    bound = 0.04 if random else 0.02
     opened = native.Program(*program)
     cache = opened.new_cache()
     cache.use(opened, method)
@@ -105,13 +108,11 @@ def test_our_runner_computes_what_the_official_runtime_does(forms: Forms, form: 
     for i, token in enumerate(known.tokens):
         logits, _, tap_last = cache.step(fed, position)
         spread = known.logits[i].std()
-        assert np.sqrt(np.mean((logits - known.logits[i]) ** 2)) < 0.04 * spread
-        assert np.sqrt(np.mean((tap_last - known.tap_last[i]) ** 2)) < 0.04 * np.sqrt(np.mean(known.tap_last[i] ** 2))
+        assert np.sqrt(np.mean((logits - known.logits[i]) ** 2)) < bound * spread
+        assert np.sqrt(np.mean((tap_last - known.tap_last[i]) ** 2)) < bound * np.sqrt(np.mean(known.tap_last[i] ** 2))
         same += int(logits.argmax()) == token
         position += len(fed)
         fed = [token]
-    # Of random weights over a large vocabulary, many tokens are nearly as likely as the best.
-    random = forms.switchable.model.architecture.vocab_size > 1000
     assert same >= len(known.tokens) - (3 if random else 1)
 
 
