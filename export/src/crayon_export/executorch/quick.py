@@ -24,6 +24,7 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import XNNGr
 from executorch.backends.xnnpack.xnnpack_preprocess import DEFAULT_DEBUG_HANDLE, XnnpackBackend
 from executorch.exir._serialize._cord import FileBackedData
 from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
+from executorch.exir.backend import backend_api
 from executorch.exir.backend.backend_details import BackendDetails, CompileSpec, PreprocessResult
 from torch._dynamo.variables import builder
 from torch._subclasses.fake_tensor import FakeTensor
@@ -84,12 +85,19 @@ def quick(identify: Identify) -> Iterator[None]:
         patch.object(ExportedProgram, "run_decompositions", _decompositions()),
         patch.object(torch._library.utils, "is_builtin", _is_remembered),
         patch.object(builder, "_clone_input", _cloned_input()),
+        patch.object(backend_api, "_create_partitions", _partitions()),
     ):
         yield
 
 
 def _not_copied(program: ExportedProgram, _: list[CompileSpec]) -> ExportedProgram:
     return program
+
+
+def _copied(program: ExportedProgram) -> ExportedProgram:
+    """A copy over the same constants."""
+    constants = (*program.state_dict.values(), *program.constants.values())
+    return copy.deepcopy(program, {id(constant): constant for constant in constants})
 
 
 class _Part(NamedTuple):
@@ -161,7 +169,7 @@ class _Preprocess:
             return bytes(serialize(graph, constants))
 
         with patch.object(xnnpack_preprocess, "serialize_xnnpack_binary", seen):
-            result = self._compile(copy.deepcopy(edge_program), compile_specs)
+            result = self._compile(_copied(edge_program), compile_specs)
         (graph,) = graphs
         assert not result.debug_handle_map
         data = result.data_store_output
@@ -249,6 +257,22 @@ def _decompositions() -> Callable[..., ExportedProgram]:
     return run_decompositions
 
 
+def _partitions() -> Callable[..., Any]:
+    """The exporter's `_create_partitions`, that writes the code of the whole program once, and not for each part that it takes out."""
+    create, recompile = backend_api._create_partitions, torch.fx.GraphModule.recompile
+
+    def create_partitions(module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        def others(other: torch.fx.GraphModule) -> Any:
+            return None if other is module else recompile(other)
+
+        with patch.object(torch.fx.GraphModule, "recompile", others):
+            created = create(module, *args, **kwargs)
+        module.recompile()
+        return created
+
+    return create_partitions
+
+
 def _cloned_input() -> Callable[[Any, Any], Any]:
     """dynamo's `_clone_input`, that leaves weights alone: it copies them all for the case that their values decide what is traced."""
     clone = builder._clone_input
@@ -294,6 +318,7 @@ _WRITTEN_FOR = {
     NodeVisitor.get_serialized_buffer_index: "e5e2a2aaa02290608",
     NodeVisitor.get_quant_params: "2af420bb177ef9ba",
     ExportedProgram.run_decompositions: "c74cbc17d387402",
+    backend_api._create_partitions: "a3259c8d375ddf13",
     builder._clone_input: "fdee93dcef3fc957",
     torch._library.utils.is_builtin: "f8524c97621ee850",
 }

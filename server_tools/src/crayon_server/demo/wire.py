@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import select
+import selectors
 import socket
 import threading
 import time
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 _CHUNK = 1 << 16
+_LOOK_UP = 0.05  # seconds after which the relay looks whether it shall end
 _END = b"\r\n\r\n"
 
 
@@ -50,6 +51,7 @@ class Wire:
         self._talks: list[list[Exchange]] = []
         self._ended = threading.Event()
         self._listening = socket.create_server(("127.0.0.1", 0))
+        self._listening.settimeout(_LOOK_UP)
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
@@ -78,27 +80,31 @@ class Wire:
 
     def _accept(self) -> None:
         while not self._ended.is_set():
-            if select.select([self._listening], [], [], 0.05)[0]:
+            try:
                 client = self._listening.accept()[0]
-                talk: list[Exchange] = []
-                self._talks.append(talk)
-                threading.Thread(target=self._relay, args=(client, talk), daemon=True).start()
+            except TimeoutError:
+                continue
+            talk: list[Exchange] = []
+            self._talks.append(talk)
+            threading.Thread(target=self._relay, args=(client, talk), daemon=True).start()
 
     def _relay(self, client: socket.socket, talk: list[Exchange]) -> None:
         """One connection, until either side ends it."""
-        with client, suppress(OSError), socket.create_connection(self._service) as service:
-            other = {client: service, service: client}
-            for end in other:
+        # Not `select`: it takes no descriptor above 1023, and a process with many open files has only those left.
+        with client, suppress(OSError), socket.create_connection(self._service) as service, selectors.DefaultSelector() as ready:
+            for end, other in ((client, service), (service, client)):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                ready.register(end, selectors.EVENT_READ, (end, other))
             while not self._ended.is_set():
-                for end in select.select(list(other), [], [], 0.05)[0]:
+                for key, _ in ready.select(_LOOK_UP):
+                    end, other = key.data
                     data = end.recv(_CHUNK)
                     if not data:
                         return
                     if end is client and (not talk or talk[-1].response):
                         talk.append(Exchange())
                     talk[-1].add(data, up=end is client)
-                    other[end].sendall(data)
+                    other.sendall(data)
 
 
 def split(message: bytes) -> tuple[bytes, bytes]:
