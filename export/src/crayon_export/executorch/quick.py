@@ -12,6 +12,8 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 from typing import Any, NamedTuple
 from unittest.mock import patch
 from weakref import WeakSet
@@ -26,9 +28,11 @@ from executorch.exir._serialize._cord import FileBackedData
 from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
 from executorch.exir.backend import backend_api
 from executorch.exir.backend.backend_details import BackendDetails, CompileSpec, PreprocessResult
+from executorch.exir.backend.canonical_partitioners import group_partitioner
 from torch._dynamo.variables import builder
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
+from torch.fx.passes.infra import partitioner
 
 from crayon_export.executorch.template import Slot
 from crayon_runtime.errors import BackendError
@@ -86,6 +90,8 @@ def quick(identify: Identify) -> Iterator[None]:
         patch.object(torch._library.utils, "is_builtin", _is_remembered),
         patch.object(builder, "_clone_input", _cloned_input()),
         patch.object(backend_api, "_create_partitions", _partitions()),
+        patch.object(partitioner, "_DependencyViewer", _Below),
+        patch.object(group_partitioner, "_DependencyViewer", _Below),
     ):
         yield
 
@@ -257,6 +263,22 @@ def _decompositions() -> Callable[..., ExportedProgram]:
     return run_decompositions
 
 
+class _Below:
+    """The partitioners' `_DependencyViewer`: which nodes depend on one. It keeps a bit for each; sets come to gigabytes."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        self._nodes = list(module.graph.nodes)
+        numbers = {node: number for number, node in enumerate(self._nodes)}
+        self._below: dict[torch.fx.Node, int] = {}
+        for node in reversed(self._nodes):
+            self._below[node] = reduce(or_, (self._below[user] | 1 << numbers[user] for user in node.users), 0)
+
+    def downstreams_of(self, node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+        bits = self._below.get(node, 0).to_bytes(len(self._nodes) // 8 + 1, "little")
+        found = np.flatnonzero(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little"))
+        return (self._nodes[number] for number in found)
+
+
 def _partitions() -> Callable[..., Any]:
     """The exporter's `_create_partitions`, that writes the code of the whole program once, and not for each part that it takes out."""
     create, recompile = backend_api._create_partitions, torch.fx.GraphModule.recompile
@@ -319,6 +341,9 @@ _WRITTEN_FOR = {
     NodeVisitor.get_quant_params: "2af420bb177ef9ba",
     ExportedProgram.run_decompositions: "c74cbc17d387402",
     backend_api._create_partitions: "a3259c8d375ddf13",
+    partitioner._DependencyViewer: "47bacdf03efdce20",
+    group_partitioner._DependencyViewer: "a6d3ee37edb6ec3a",
+    group_partitioner.GroupBasedPartitioner._can_merge_partitions: "08428a6ba5abd129",
     builder._clone_input: "fdee93dcef3fc957",
     torch._library.utils.is_builtin: "f8524c97621ee850",
 }

@@ -91,7 +91,12 @@ class Wire:
     def _relay(self, client: socket.socket, talk: list[Exchange]) -> None:
         """One connection, until either side ends it."""
         # Not `select`: it takes no descriptor above 1023, and a process with many open files has only those left.
-        with client, suppress(OSError), socket.create_connection(self._service) as service, selectors.DefaultSelector() as ready:
+        with (
+            client,
+            suppress(OSError),
+            socket.create_connection(self._service) as service,
+            selectors.DefaultSelector() as ready,
+        ):
             for end, other in ((client, service), (service, client)):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 ready.register(end, selectors.EVENT_READ, (end, other))
