@@ -102,12 +102,16 @@ $(ARM)/root: tests/native/aarch64_root.sh
 	@echo "Fetching Debian's Python for ARM …"
 	@tests/native/aarch64_root.sh $@ >/dev/null
 
-# What exports of the demo's model for ExecuTorch are filled from, so that nobody waits for its exporter.
+# What exports of the demo's model and of MobileLLM-125M for ExecuTorch are filled from, so that nobody waits for its exporter.
+NANO := server_tools/src/crayon_server/models/nano
 SHIPPED := export/src/crayon_export/executorch/shipped
 templates: $(READY)
 	@echo 'Making the templates that come with the package …'
 	@rm -rf $(SHIPPED) && mkdir -p $(SHIPPED)
-	@XDG_CACHE_HOME="$$(mktemp -d)" $(BIN)/crayon template export server_tools/src/crayon_server/models/nano $(SHIPPED)
+	@scratch="$$(mktemp -d)" && trap 'rm -rf "$$scratch"' EXIT && \
+		$(BIN)/python -m benchmarks.checkpoints mobilellm-125m "$$scratch" && \
+		for model in $(NANO) "$$scratch/mobilellm-125m"; do \
+			XDG_CACHE_HOME="$$scratch" $(BIN)/crayon template export $$model $(SHIPPED) --tokenizer $(NANO) || exit 1; done
 
 constraints: $(READY)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade --no-emit-package crayon-edge-native \
