@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import tempfile
 from collections import defaultdict
 from collections.abc import Generator
 
@@ -11,8 +13,14 @@ import pytest
 from tests.support import parse_reason
 
 
-def pytest_configure() -> None:
-    """A shell starts what runs in the background deaf to Ctrl-C, and so would be the processes that tests interrupt."""
+def pytest_configure(config: pytest.Config) -> None:
+    # The processes of a session inherit it.
+    if not os.environ.get("CRAYON_TEST_PROGRAMS"):
+        folder = tempfile.TemporaryDirectory(prefix="crayon-programs-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["CRAYON_TEST_PROGRAMS"] = folder.name
+        config.add_cleanup(lambda: os.environ.pop("CRAYON_TEST_PROGRAMS"))
+    # A shell starts what runs in the background deaf to Ctrl-C, and so would be the processes that tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,15 +1,16 @@
 """The bundles with programs of ExecuTorch that the tests share: its exporter takes minutes of CPU, so each is made once.
 
-CRAYON_TEST_PROGRAMS names a folder to keep them in between runs.
+CRAYON_TEST_PROGRAMS names a folder to keep them in between runs. Where it names none, conftest.py makes one for the session, which the
+processes of one share.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,15 +106,17 @@ def cache_home() -> Path:
 
 
 def _kept() -> Path:
-    return Path(os.environ.get("CRAYON_TEST_PROGRAMS") or _temporary().name)
+    return Path(os.environ["CRAYON_TEST_PROGRAMS"])
 
 
 def _made(kind: str) -> Path:
     needs.module("executorch")
     folder = _kept() / kind
-    if not (folder / "said.json").is_file():
-        environment = {**os.environ, "XDG_CACHE_HOME": str(cache_home())}
-        subprocess.run([sys.executable, "-m", "tests.programs", str(folder)], check=True, cwd=ROOT, env=environment)
+    with (_kept() / f"{kind}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "said.json").is_file():
+            environment = {**os.environ, "XDG_CACHE_HOME": str(cache_home())}
+            subprocess.run([sys.executable, "-m", "tests.programs", str(folder)], check=True, cwd=ROOT, env=environment)
     return folder
 
 
@@ -124,11 +127,6 @@ def _answer_in_words(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     tensors["lm_head.weight"][: 3 + 256] = 0
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-
-
-@cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory()
 
 
 def _export(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from crayon_export.exporter import export
 from crayon_runtime import golden
 from crayon_runtime.bundle import Bundle
 from crayon_server.models import load_nano
+from tests import programs
 from tests.export.models import tiny_adapter, tiny_llama
 from tests.native import official
 from tests.support import needs
@@ -78,8 +78,9 @@ def forms(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     adapter = tiny_adapter(model, folder / "alice", r=8, gain=0.2, target_modules="all-linear")
     options: dict[str, Any] = {"backend": "executorch", "adapters": [adapter], **own}
     with pytest.MonkeyPatch.context() as patch:
-        # A template that is made for this stays out of the user's cache; the program is the same in all three.
-        patch.setenv("XDG_CACHE_HOME", os.environ.get("CRAYON_TEST_PROGRAMS") or str(folder / "cache"))
+        patch.setenv(
+            "XDG_CACHE_HOME", str(programs.cache_home())
+        )  # a template that is made for this stays out of the user's cache
         return Forms(
             export(model, folder / "switchable", slot_rank=16, **options).bundle,
             export(model, folder / "merged", merge=True, **options).bundle,
