@@ -17,15 +17,7 @@ constexpr int64_t shortest_split = 128;
 constexpr int64_t tasks_per_thread = 2;
 
 // In the order of InstructionSet.
-constexpr const AttentionKernels* all_kernels[] = {
-#if defined(__x86_64__)
-    &attention_avx512_vnni, &attention_avx512, &attention_avx2_vnni, &attention_avx2,
-#elif defined(__aarch64__)
-    &attention_dotprod,
-#endif
-    &attention_baseline,
-};
-static_assert(sizeof all_kernels / sizeof *all_kernels == instruction_sets);
+constexpr const AttentionKernels* all_kernels[] = {CRAYON_EACH(&attention_)};
 
 const AttentionKernels& chosen_kernels() { return *all_kernels[static_cast<int>(chosen_instruction_set())]; }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "instruction_set.h"
 
 namespace crayon {
 
@@ -31,14 +32,6 @@ struct AttentionKernels {
   float (*exp2)(float x);
 };
 
-extern const AttentionKernels attention_baseline;
-#if defined(__x86_64__)
-extern const AttentionKernels attention_avx2;
-extern const AttentionKernels attention_avx2_vnni;
-extern const AttentionKernels attention_avx512;
-extern const AttentionKernels attention_avx512_vnni;
-#elif defined(__aarch64__)
-extern const AttentionKernels attention_dotprod;
-#endif
+extern const AttentionKernels CRAYON_EACH(attention_);
 
 }  // namespace crayon

@@ -9,15 +9,7 @@ namespace crayon {
 namespace {
 
 // In the order of InstructionSet.
-constexpr const ElementwiseKernels* all_kernels[] = {
-#if defined(__x86_64__)
-    &elementwise_avx512_vnni, &elementwise_avx512, &elementwise_avx2_vnni, &elementwise_avx2,
-#elif defined(__aarch64__)
-    &elementwise_dotprod,
-#endif
-    &elementwise_baseline,
-};
-static_assert(sizeof all_kernels / sizeof *all_kernels == instruction_sets);
+constexpr const ElementwiseKernels* all_kernels[] = {CRAYON_EACH(&elementwise_)};
 
 }  // namespace
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "instruction_set.h"
+
 namespace crayon {
 
 enum class Elementwise : int32_t { add, subtract, multiply, negate, square, sigmoid, reciprocal_square_root, copy };
@@ -14,14 +16,6 @@ struct ElementwiseKernels {
                 float* out);
 };
 
-extern const ElementwiseKernels elementwise_baseline;
-#if defined(__x86_64__)
-extern const ElementwiseKernels elementwise_avx2;
-extern const ElementwiseKernels elementwise_avx2_vnni;
-extern const ElementwiseKernels elementwise_avx512;
-extern const ElementwiseKernels elementwise_avx512_vnni;
-#elif defined(__aarch64__)
-extern const ElementwiseKernels elementwise_dotprod;
-#endif
+extern const ElementwiseKernels CRAYON_EACH(elementwise_);
 
 }  // namespace crayon

@@ -1,20 +1,18 @@
 // Which of the instruction sets that kernels are compiled for this process computes with.
 #pragma once
 
+// A name for each of them, the best first: CRAYON_EACH(linear_) is linear_avx512_vnni, linear_avx512 and so on.
+#if defined(__x86_64__)
+#define CRAYON_EACH(prefix) prefix##avx512_vnni, prefix##avx512, prefix##avx2_vnni, prefix##avx2, prefix##baseline
+#elif defined(__aarch64__)
+#define CRAYON_EACH(prefix) prefix##dotprod, prefix##baseline
+#else
+#define CRAYON_EACH(prefix) prefix##baseline
+#endif
+
 namespace crayon {
 
-// In the order of the tables of kernels: the best first.
-enum class InstructionSet : int {
-#if defined(__x86_64__)
-  avx512_vnni,
-  avx512,
-  avx2_vnni,
-  avx2,
-#elif defined(__aarch64__)
-  dotprod,
-#endif
-  baseline,
-};
+enum class InstructionSet : int { CRAYON_EACH() };
 
 constexpr int instruction_sets = static_cast<int>(InstructionSet::baseline) + 1;
 

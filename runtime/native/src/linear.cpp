@@ -9,15 +9,7 @@ namespace crayon {
 namespace {
 
 // In the order of InstructionSet.
-constexpr const LinearKernels* all_kernels[] = {
-#if defined(__x86_64__)
-    &linear_avx512_vnni, &linear_avx512, &linear_avx2_vnni, &linear_avx2,
-#elif defined(__aarch64__)
-    &linear_dotprod,
-#endif
-    &linear_baseline,
-};
-static_assert(sizeof all_kernels / sizeof *all_kernels == instruction_sets);
+constexpr const LinearKernels* all_kernels[] = {CRAYON_EACH(&linear_)};
 
 const LinearKernels& chosen_kernels() { return *all_kernels[static_cast<int>(chosen_instruction_set())]; }
 

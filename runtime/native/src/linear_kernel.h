@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "instruction_set.h"
+
 namespace crayon {
 
 // Tokens whose elements were rounded to int8: x = scale * (q - zero point).
@@ -92,14 +94,6 @@ struct LinearKernels {
   void (*interleave)(const int8_t* codes, int64_t rows, int64_t width, int8_t* to, int32_t* sums);
 };
 
-extern const LinearKernels linear_baseline;
-#if defined(__x86_64__)
-extern const LinearKernels linear_avx2;
-extern const LinearKernels linear_avx2_vnni;
-extern const LinearKernels linear_avx512;
-extern const LinearKernels linear_avx512_vnni;
-#elif defined(__aarch64__)
-extern const LinearKernels linear_dotprod;
-#endif
+extern const LinearKernels CRAYON_EACH(linear_);
 
 }  // namespace crayon

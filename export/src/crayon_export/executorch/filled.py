@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from crayon_export import architecture as arch
 from crayon_export.architecture import linears
-from crayon_export.executorch.storage import PER_ROW, head_form, linear_form, stored_adapter, worth
+from crayon_export.executorch.storage import PER_ROW, linear_form, stored_adapter, worth
 from crayon_export.executorch.template import ROTARY, Part, Program, Slot, Template
 from crayon_export.lora import PeftAdapter
 from crayon_export.report import TensorReport
@@ -144,8 +144,7 @@ class FilledProgram:
         return _Matrix(self, name, rows, width, PER_ROW if self.lossy else None)
 
     def linear(self, module: str, rows: int, width: int) -> Matrix:
-        head = module == "lm_head"
-        form = head_form(width, self._group_size, tied=self._tied) if head else linear_form(width, self._group_size)
+        form = linear_form(width, self._group_size, tied_head=self._tied and module == "lm_head")
         return _Matrix(self, f"{module}.weight", rows, width, form)
 
     def vector(self, name: str, values: Floats) -> None:

@@ -25,7 +25,7 @@ from crayon_export.executorch import official
 from crayon_export.executorch import quick as shortcuts
 from crayon_export.executorch.official import Emitted
 from crayon_export.executorch.quick import Absent, StandIn
-from crayon_export.executorch.storage import PER_ROW, Stored, head_form, linear_form
+from crayon_export.executorch.storage import PER_ROW, Stored, linear_form
 from crayon_export.executorch.template import (
     ROTARY,
     Form,
@@ -101,10 +101,9 @@ class StandIns:
         self.tensors: dict[str, Stored] = {}
         """As `official.build` takes them."""
         for name, shape in shapes.items():
-            linear = name.removesuffix(".weight") in modules
-            form = linear_form(shape[-1], group_size) if linear else per_row if name == arch.EMBEDDING else None
-            if name == arch.HEAD:
-                form = head_form(shape[-1], group_size, tied=spec.tied_embeddings)
+            form = per_row if name == arch.EMBEDDING else None
+            if name.removesuffix(".weight") in modules:
+                form = linear_form(shape[-1], group_size, tied_head=spec.tied_embeddings and name == arch.HEAD)
             self.tensors[name] = self._stored(name, shape, form)
         self.adapter: dict[str, tuple[Stored, Stored]] = {}
         """By module, as `official.build` takes it."""

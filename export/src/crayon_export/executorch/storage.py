@@ -30,21 +30,19 @@ class Stored(NamedTuple):
     form: Affine | None
 
 
-def linear_form(width: int, group_size: int | None) -> Affine | None:
+def linear_form(width: int, group_size: int | None, *, tied_head: bool = False) -> Affine | None:
     """The format of a linear layer of this width: groups of the size that was asked for, or of the next smaller one that divides it.
 
     None: float32, because it was asked for, or because no group divides the width. The official exporter leaves in float every layer
     that the size asked for does not divide, and does not say so.
+
+    Args:
+        tied_head: it is the embedding: int8 by row, the same bytes, which a data file holds once.
     """
+    if tied_head:
+        return None if group_size is None else PER_ROW
     sizes = [size for size in GROUP_SIZES if group_size is not None and size <= group_size and width % size == 0]
     return Affine(4, sizes[0]) if sizes else None
-
-
-def head_form(width: int, group_size: int | None, *, tied: bool) -> Affine | None:
-    """The format of the output layer. A tied one is the embedding: the same bytes, which a data file holds once."""
-    if not tied:
-        return linear_form(width, group_size)
-    return None if group_size is None else PER_ROW
 
 
 class ProgramStorage:
@@ -77,8 +75,7 @@ class ProgramStorage:
         return _File(self, name, rows, width, PER_ROW if self.lossy else None)
 
     def linear(self, module: str, rows: int, width: int) -> Matrix:
-        head = module == "lm_head"
-        form = head_form(width, self._group_size, tied=self._tied) if head else linear_form(width, self._group_size)
+        form = linear_form(width, self._group_size, tied_head=self._tied and module == "lm_head")
         return _File(self, f"{module}.weight", rows, width, form)
 
     def vector(self, name: str, values: Floats) -> None:
