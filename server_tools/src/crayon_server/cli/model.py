@@ -27,13 +27,30 @@ def model() -> None:
 @click.option("--out", type=PATH, required=True, help="The Hugging Face folder to write.")
 @click.option("--pretrained", is_flag=True, help="The shipped weights instead of random ones.")
 @click.option("--seed", default=0, show_default=True, help="Of the random weights.")
+@click.option(
+    "--tokenizer",
+    type=PATH,
+    help="A tokenizer.json, tokenizer.model or folder to put beside the weights.  [default: the benchmark's for nano, else none]",
+)
+@click.option(
+    "--vocab-size", type=click.IntRange(min=3), help="Rows of the embedding.  [default: the tokenizer's, or 32000]"
+)
 @click.option("--force", is_flag=True, help="Replace the folder at --out.")
-def create(arch: str, out: Path, pretrained: bool, seed: int, force: bool) -> None:
-    """Write a model folder of ARCH (nano, nano-server) for transformers and `crayon export`."""
+def create(
+    arch: str, out: Path, pretrained: bool, seed: int, tokenizer: Path | None, vocab_size: int | None, force: bool
+) -> None:
+    """Write a model folder of ARCH for transformers and `crayon export`.
+
+    ARCH is nano, nano-server, mobilellm-125m, -350m, -600m, -1b or -1.5b, or with shared layers mobilellm-ls-125m to -1.5b.
+    """
     from crayon_server import models
 
     with quiet():
-        models.create(arch, out, pretrained=pretrained, seed=seed, replace=force)
+        models.create(
+            arch, out, pretrained=pretrained, seed=seed, replace=force, tokenizer=tokenizer, vocab_size=vocab_size
+        )
+    if tokenizer is None and arch not in models.NANO:
+        click.echo("it has no tokenizer: name one with --tokenizer here, or when it is exported", err=True)
     click.echo(out)
 
 
