@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from crayon_runtime.errors import CheckpointError, InvalidInput, UnsupportedModel
 from crayon_server import models
@@ -317,10 +320,42 @@ def test_a_released_checkpoint(changes: dict[str, Any], tied: bool, repeats: int
         with pytest.raises(UnsupportedModel, match="LLaMA computes each block once, this model 2 times"):
             mobilellm.convert(source, tmp_path / "llama", "llama")
         return
-    mobilellm.convert(source, tmp_path / "llama", "llama")
+    done = CliRunner().invoke(
+        cli_model.model, ["convert", str(source), "--to", "llama", "--out", str(tmp_path / "llama")]
+    )
+    assert done.output.strip() == str(tmp_path / "llama")
     llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32).eval()
     assert type(llama) is transformers.LlamaForCausalLM
     assert (logits(llama, ids) - logits(judge, ids)).abs().max() <= 1e-5
+
+
+def test_a_pool_embeds_with_the_tap_of_shared_layers() -> None:
+    """The states that hooks catch are those that transformers returns."""
+    from crayon_server.pool import indicators
+
+    model = model_of(small(layer_repeats=2))
+    ids = some_ids(1, 9)
+    with torch.no_grad():
+        expected = model(ids, output_hidden_states=True).hidden_states
+    for layer in range(4):
+        with torch.no_grad(), indicators._tapped(model, layer) as states:
+            model(input_ids=ids, use_cache=False)
+        assert len(states) == 1
+        assert torch.equal(states[0], expected[layer])
+
+
+def test_every_loader_knows_the_model_type(tmp_path: Path) -> None:
+    """In a process that has not imported the classes."""
+    from crayon_server.models import tokenizer
+
+    model_of(small(layer_repeats=2, vocab_size=tokenizer.VOCAB_SIZE)).save_pretrained(tmp_path)
+    tokenizer.write(tokenizer.learn(), tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from crayon_server.evaluate.float_model import FloatModel;"
+        "print(type(FloatModel(Path(sys.argv[1])).model).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "MobileLLMForCausalLM"
 
 
 def test_layouts_that_cannot_be_written(tmp_path: Path) -> None:
@@ -347,8 +382,6 @@ def test_a_configuration_that_makes_no_sense(change: dict[str, Any]) -> None:
 
 def test_create(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the shape of a smaller model in the place of 125M's."""
-    from click.testing import CliRunner
-
     monkeypatch.setitem(models._MOBILELLM, "125m", models._Shape(2, 64, 4, 2, 96, 16))
 
     def invoke(*arguments: object) -> Any:

@@ -1,4 +1,4 @@
-"""crayon model create, crayon model train."""
+"""crayon model create, crayon model convert, crayon model train."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def model() -> None:
-    """Create or train the embedded models."""
+    """Create, convert or train the models that devices run."""
 
 
 @model.command()
@@ -51,6 +51,22 @@ def create(
         )
     if tokenizer is None and arch not in models.NANO:
         click.echo("it has no tokenizer: name one with --tokenizer here, or when it is exported", err=True)
+    click.echo(out)
+
+
+@model.command()
+@click.argument("source", type=PATH)
+@click.option(
+    "--to", "layout", required=True, help="mobilellm (this project's), released (facebook/MobileLLM-*), or llama."
+)
+@click.option("--out", type=PATH, required=True, help="The Hugging Face folder to write.")
+@click.option("--force", is_flag=True, help="Replace the folder at --out.")
+def convert(source: Path, layout: str, out: Path, force: bool) -> None:
+    """Write a MobileLLM folder in another layout; SOURCE is one of this project, or a released checkpoint."""
+    with quiet():
+        from crayon_server.models import mobilellm
+
+        mobilellm.convert(source, out, layout, replace=force)
     click.echo(out)
 
 
