@@ -114,7 +114,7 @@ def _bare_loop(engine: Engine) -> Callable[[], None]:
     logits = np.zeros((1, 1, a.vocab_size), np.float32)
     kv_shape = (1, a.kv_heads, model.context_length, a.head_size)
     caches = {
-        f"{layer}.{side}": np.zeros(kv_shape, np.float32) for layer in range(a.layers) for side in ("key", "value")
+        f"{layer}.{side}": np.zeros(kv_shape, np.float32) for layer in range(a.passes) for side in ("key", "value")
     }
     taps = {name: np.zeros((1, a.hidden_size), np.float32) for name in ("tap_sum", "tap_last")}
 

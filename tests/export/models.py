@@ -1,4 +1,4 @@
-"""Real models, small enough to run everything for real: LLaMA and Mistral by transformers, adapters by peft, tokenizers by sentencepiece."""
+"""Real models, small enough to run everything for real: LLaMA, Mistral and MobileLLM by transformers, adapters by peft, tokenizers by sentencepiece."""
 
 from __future__ import annotations
 
@@ -29,15 +29,21 @@ def tiny_llama(
     """Save a decoder of two layers with dense random weights; its logits spread like those of a trained model.
 
     Args:
-        family: "llama" or "mistral".
+        family: "llama", "mistral" or "mobilellm".
         dtype: of the weights.
         shard_size: in the form of `save_pretrained`, as "100KB"; a model above it is written in shards.
         config: what differs from the small default, as head_dim, num_key_value_heads, tie_word_embeddings,
-            rope_parameters, num_hidden_layers.
+            rope_parameters, num_hidden_layers, and of a MobileLLM layer_repeats.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-    kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+    from crayon_server.models.mobilellm import MobileLLMConfig, MobileLLMForCausalLM
+
+    kinds: dict[str, Any] = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+        "mobilellm": (MobileLLMConfig, MobileLLMForCausalLM),
+    }
     make_config, make_model = kinds[family]
     defaults = {
         "vocab_size": 320,

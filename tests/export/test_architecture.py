@@ -107,6 +107,68 @@ def test_the_tensors_are_those_of_the_model(tied: bool) -> None:
     assert [name for name, _ in found][:2] == ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"]
 
 
+MOBILELLM: dict[str, Any] = {**LLAMA, "model_type": "mobilellm", "architectures": ["MobileLLMForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MOBILELLM,
+        {**MOBILELLM, "layer_repeats": 3, "tie_word_embeddings": False},
+        {**MOBILELLM, "share_embedding": True, "tie_word_embeddings": False, "layer_sharing": True},
+        {**MOBILELLM, "share_embedding": False, "tie_word_embeddings": False, "layer_sharing": False},
+        {**MOBILELLM, "share_embedding": False, "layer_sharing": True, "layer_repeats": 4},
+        {k: v for k, v in MOBILELLM.items() if k != "num_key_value_heads"}
+        | {"num_attention_heads": 6, "hidden_size": 48},
+    ],
+)
+def test_mobilellm_in_our_words_and_in_those_of_released_checkpoints(config: dict[str, Any]) -> None:
+    from crayon_server.models.mobilellm import MobileLLMConfig, MobileLLMForCausalLM
+
+    judge = MobileLLMConfig.from_dict(dict(config))
+    a = architecture.read(config)
+    assert (a.layers, a.layer_repeats, a.passes) == (3, judge.layer_repeats, len(judge.per_layer_config))
+    assert (a.tied_embeddings, a.norm_eps, a.kv_heads) == (
+        judge.tie_word_embeddings,
+        judge.rms_norm_eps,
+        judge.num_key_value_heads,
+    )
+    assert a.trained_context_length == judge.max_position_embeddings
+    with torch.device("meta"):
+        model = MobileLLMForCausalLM(judge)
+    assert {name: list(shape) for name, shape in architecture.tensors(a)} == {
+        n: list(p.shape) for n, p in model.named_parameters()
+    }
+    assert architecture.parameters(a) == model.num_parameters()
+    assert len(architecture.linears(a)) == 3 * 7
+
+
+def test_a_llama_shares_nothing_whatever_its_config_says() -> None:
+    a = architecture.read({**LLAMA, "layer_sharing": True, "layer_repeats": 3, "share_embedding": True})
+    assert (a.layer_repeats, a.passes, a.tied_embeddings) == (1, 3, False)
+
+
+@pytest.mark.parametrize("change", [{"layer_sharing": True}, {"layer_repeats": 2}])
+def test_the_released_cache_cannot_be_exported(change: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel, match="kv_sharing = 'released'"):
+        architecture.read({**MOBILELLM, "kv_sharing": "released", **change})
+    assert architecture.read({**MOBILELLM, "kv_sharing": "released"}).layer_repeats == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"layer_repeats": 0}, "layer_repeats is 0, not a whole number from 1 to 64"),
+        ({"layer_repeats": 65}, "layer_repeats is 65"),
+        ({"layer_sharing": 2}, "layer_sharing is 2, not true or false"),
+        ({"share_embedding": "yes"}, "share_embedding is 'yes'"),
+    ],
+)
+def test_a_mobilellm_that_lies_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        architecture.read({**MOBILELLM, **change})
+
+
 def test_the_linear_layers_in_the_order_of_computation() -> None:
     found = architecture.linears(architecture.read(LLAMA))
 

@@ -71,6 +71,21 @@ def test_llama_7b_by_hand(llama_7b: Path) -> None:
     assert 1 < rate.tokens_per_second < 3
 
 
+def test_shared_layers_take_the_memory_of_the_blocks_and_the_cache_of_the_passes() -> None:
+    from crayon_export.architecture import read
+
+    mobilellm = {
+        **LLAMA_7B,
+        "model_type": "mobilellm",
+        "architectures": ["MobileLLMForCausalLM"],
+        "num_key_value_heads": 32,
+    }
+    plain, shared = (estimate(read({**mobilellm, "layer_repeats": n}), device="pixel-8") for n in (1, 2))
+    assert (shared.parameters, shared.disk) == (plain.parameters, plain.disk)
+    assert shared.kv_cache == 2 * plain.kv_cache
+    assert shared.read_per_token - plain.read_per_token == plain.kv_cache // 2
+
+
 def test_every_device_and_this_machine(llama_7b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "read_bandwidth", lambda nbytes, threads: 50e9)
     found = estimate(llama_7b)

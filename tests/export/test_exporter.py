@@ -37,6 +37,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MobileLLM-LS: each of its two blocks is computed twice."""
+    folder = tmp_path_factory.mktemp("shared") / "tiny-ls"
+    return tiny_tokenizer(tiny_llama(folder, family="mobilellm", layer_repeats=2))
+
+
+@pytest.fixture(scope="module")
 def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_adapter(model, tmp_path_factory.mktemp("adapters") / "alice", target_modules=EVERY_LINEAR)
 
@@ -87,9 +94,15 @@ def _assert_close(got: np.ndarray, expected: np.ndarray, tolerance: float = 1e-4
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
         {"family": "mistral", "sliding_window": None},
         {"num_hidden_layers": 3, "shard_size": "60KB"},
+        {"family": "mobilellm"},
+        {"family": "mobilellm", "layer_repeats": 2},
+        {"family": "mobilellm", "layer_repeats": 3, "head_dim": 8, "tie_word_embeddings": False},
     ],
-    ids=["gqa", "head-8", "head-24-mqa", "mha-tied", "odd-widths", "llama3-rope", "linear-rope", "mistral", "shards"],
-)
+    ids=[
+        "gqa", "head-8", "head-24-mqa", "mha-tied", "odd-widths", "llama3-rope", "linear-rope", "mistral", "shards", "mobilellm", "ls",
+        "three-repeats",
+    ],
+)  # fmt: skip
 def test_float32_logits_and_taps_are_those_of_transformers(config: dict[str, Any], tmp_path: Path) -> None:
     folder = tiny_tokenizer(tiny_llama(tmp_path / "model", **config))
     bundle = export(folder, tmp_path / "bundle", quantize="none").bundle
@@ -112,6 +125,66 @@ def test_the_tap_may_be_any_hidden_state(model: Path, tap_layer: int, tmp_path: 
     bundle = export(model, tmp_path / "bundle", quantize="none", tap_layer=tap_layer).bundle
     assert bundle.model.tap.layer == tap_layer
     np.testing.assert_allclose(_run(bundle)[1], _judge(_transformers(model), tap_layer)[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("tap_layer", [0, 1, 2])
+def test_the_tap_counts_blocks_and_not_their_passes(shared: Path, tap_layer: int, tmp_path: Path) -> None:
+    bundle = export(shared, tmp_path / "bundle", quantize="none", tap_layer=tap_layer).bundle
+    np.testing.assert_allclose(_run(bundle)[1], _judge(_transformers(shared), tap_layer)[1], atol=1e-4)
+
+
+def test_the_passes_of_a_block_share_its_adapter(shared: Path, tmp_path: Path) -> None:
+    needs.module("peft")
+    from peft import PeftModel
+
+    folder = tiny_adapter(shared, tmp_path / "alice", target_modules=EVERY_LINEAR)
+    bundle = export(shared, tmp_path / "bundle", quantize="none", adapters=[folder]).bundle
+    base = _transformers(shared)
+    expected_base = _judge(base)[0]
+    expected = _judge(PeftModel.from_pretrained(base, folder).eval())[0]
+    assert np.abs(expected - expected_base).max() > 0.1
+    _assert_close(_run(bundle, "alice")[0], expected)
+    _assert_close(_run(bundle)[0], expected_base)
+    merged = export(shared, tmp_path / "merged", quantize="none", adapters=[folder], merge=True).bundle
+    _assert_close(_run(merged)[0], expected)
+
+
+@pytest.mark.parametrize("quantize", ["int4", "int8", "none"])
+def test_the_backend_replays_the_golden_cases_of_shared_layers(shared: Path, quantize: str, tmp_path: Path) -> None:
+    adapter = tiny_adapter(shared, tmp_path / "alice", target_modules=EVERY_LINEAR)
+    bundle = export(shared, tmp_path / "bundle", quantize=quantize, kv_dtype="fp16", adapters=[adapter]).bundle
+    assert bundle.model.architecture.layer_repeats == 2
+    results = golden.replay(bundle)
+    assert all(r.passed for r in results), results
+    assert max(r.logit_error for r in results) < results[0].tolerance.logits / 2
+
+
+def test_the_memory_of_shared_layers_is_that_of_the_blocks_once(shared: Path, tmp_path: Path) -> None:
+    plain = tiny_tokenizer(tiny_llama(tmp_path / "plain", family="mobilellm"))
+    done = export(shared, tmp_path / "shared.bundle"), export(plain, tmp_path / "plain.bundle")
+    with_repeats, without = (x.bundle.file("model.onnx.data").read_bytes() for x in done)
+    assert with_repeats == without  # of the same seed
+    assert [t.name for t in done[0].report.tensors] == [t.name for t in done[1].report.tensors]
+    assert done[0].bundle.model.base_fingerprint == done[1].bundle.model.base_fingerprint
+    assert _run(done[0].bundle)[0].argmax(-1).tolist() != _run(done[1].bundle)[0].argmax(-1).tolist()
+
+
+def test_the_released_fields_mean_the_same(shared: Path, tmp_path: Path) -> None:
+    from crayon_server.models.mobilellm import convert
+
+    convert(shared, tmp_path / "released", "released")
+    tiny_tokenizer(tmp_path / "released")
+    ours, theirs = (
+        export(folder, tmp_path / f"{i}.bundle").bundle for i, folder in enumerate((shared, tmp_path / "released"))
+    )
+    assert ours.model.architecture == theirs.model.architecture
+    assert ours.file("model.onnx").read_bytes() == theirs.file("model.onnx").read_bytes()
+
+
+def test_shared_layers_are_refused_for_executorch(shared: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="computed 2 times in a row are not available with the executorch"):
+        export(shared, tmp_path / "bundle", backend=["onnx", "executorch"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

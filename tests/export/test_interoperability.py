@@ -19,10 +19,14 @@ PROMPT = [1, 17, 300, 45, 201, 9]
 NEW_TOKENS = 24
 
 
-@pytest.fixture(scope="module", params=[16, 8], ids=["head-16", "head-8"])
+@pytest.fixture(
+    scope="module",
+    params=[{"head_dim": 16}, {"head_dim": 8}, {"family": "mobilellm", "layer_repeats": 2}],
+    ids=["head-16", "head-8", "shared-layers"],
+)
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("model")
-    model = tiny_tokenizer(tiny_llama(folder / "model", head_dim=request.param))
+    model = tiny_tokenizer(tiny_llama(folder / "model", **request.param))
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     alice = tiny_adapter(model, folder / "alice", target_modules=linears)
     bruno = tiny_adapter(model, folder / "bruno", seed=5, target_modules=["q_proj", "up_proj"], r=3)

@@ -36,6 +36,10 @@ def _config(**changes: Any) -> Any:
         "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10,
         "intermediate_size": 80, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "initializer_range": 0.3,
     }  # fmt: skip
+    if "layer_repeats" in changes:
+        from crayon_server.models.mobilellm import MobileLLMConfig
+
+        return MobileLLMConfig(**{"tie_word_embeddings": False, **shape, **changes})
     return LlamaConfig(**{**shape, **changes})
 
 
@@ -53,16 +57,18 @@ LLAMA3 = {
         {"tie_word_embeddings": True},
         {"rope_parameters": LLAMA3},
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+        {"layer_repeats": 2},
+        {"layer_repeats": 3, "tie_word_embeddings": True},
     ],
-    ids=["gqa", "mha", "tied", "llama3-rope", "linear-rope"],
+    ids=["gqa", "mha", "tied", "llama3-rope", "linear-rope", "repeats", "three-repeats-tied"],
 )
 @pytest.mark.parametrize("tap_layer", [0, 2, 3])
 def test_logits_and_hidden_states_are_those_of_transformers(changes: dict[str, Any], tap_layer: int) -> None:
     torch = needs.module("torch")
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(_config(**changes)).eval()
+    model = AutoModelForCausalLM.from_config(_config(**changes)).eval()
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, 97, n) for n in (7, 1, 40)]
     starts = [0, 7, 8]

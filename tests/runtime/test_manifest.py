@@ -160,6 +160,18 @@ def test_a_newer_minor_version_is_read_without_what_it_adds(document: bytes) -> 
     assert manifest.parse(edited(document, newer)).schema_version == "1.9"
 
 
+def test_a_manifest_from_before_repeated_layers_has_none(document: bytes) -> None:
+    read = manifest.parse(edited(document, lambda raw: raw["architecture"].pop("layer_repeats")))
+    assert isinstance(read, manifest.ModelManifest)
+    assert (read.architecture.layer_repeats, read.architecture.passes) == (1, 2)
+
+
+@pytest.mark.parametrize("repeats", [0, 65, 1.5, None])
+def test_repeats_that_cannot_be_are_refused(document: bytes, repeats: object) -> None:
+    with pytest.raises(ManifestError, match="layer_repeats"):
+        manifest.parse(edited(document, lambda raw: raw["architecture"].update(layer_repeats=repeats)))
+
+
 @pytest.mark.parametrize("version", [None, 1, 1.0, "1", "1.0.0", "one", "1.0\n", " 1.0", "-1.0", "99999.0"])
 def test_a_version_that_is_none_is_refused(document: bytes, version: object) -> None:
     with pytest.raises(ManifestError, match="schema_version"):

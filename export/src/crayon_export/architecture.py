@@ -16,7 +16,7 @@ import numpy.typing as npt
 from msgspec import UnsetType
 
 from crayon_runtime.errors import CheckpointError, UnsupportedModel
-from crayon_runtime.manifest import Architecture, Rope
+from crayon_runtime.manifest import MOST_REPEATS, Architecture, Rope
 
 Where = str | PathLike[str]
 
@@ -52,11 +52,24 @@ class _Family:
     kv_heads: int | None
     context_length: int
     sliding_window: int | None
+    norm_eps: float = 1e-6
+    tied_embeddings: bool = False
+    shares_layers: bool = False
+    """Whether it may compute each block several times in a row; its configs have the fields of MobileLLM's."""
 
 
 _FAMILIES = {
     "llama": _Family("LlamaForCausalLM", kv_heads=None, context_length=2048, sliding_window=None),
     "mistral": _Family("MistralForCausalLM", kv_heads=8, context_length=131072, sliding_window=4096),
+    "mobilellm": _Family(
+        "MobileLLMForCausalLM",
+        kv_heads=3,
+        context_length=2048,
+        sliding_window=None,
+        norm_eps=1e-5,
+        tied_embeddings=True,
+        shares_layers=True,
+    ),
 }
 
 # Module, and the sizes of its weight in terms of `_sizes`, in the order of computation.
@@ -84,6 +97,7 @@ _LIMITS = {
     "max_position_embeddings": 1 << 30,
     "sliding_window": 1 << 30,
     "original_max_position_embeddings": 1 << 30,
+    "layer_repeats": MOST_REPEATS,
 }
 
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -125,15 +139,16 @@ def read(config: Mapping[str, Any], *, where: Where = "config.json", context_len
         head_size=_head_size(config, hidden, heads, where),
         ffn_size=_count(config, "intermediate_size", where),
         vocab_size=_count(config, "vocab_size", where),
-        tied_embeddings=_flag(config, "tie_word_embeddings", where),
-        norm_eps=_positive(config, "rms_norm_eps", where, default=1e-6),
+        tied_embeddings=_tied(config, family, where),
+        norm_eps=_positive(config, "rms_norm_eps", where, default=family.norm_eps),
         rope=_rope(config, family, where),
         trained_context_length=_context(config, family, context_length, where),
+        layer_repeats=_repeats(config, family, where),
     )
 
 
 def tensors(architecture: Architecture) -> list[TensorSpec]:
-    """Every tensor that the model reads, in the order of computation; a tied head is not listed again."""
+    """Every tensor that the model reads, in the order of computation; a tied head is not listed again, nor a block that is repeated."""
     a = architecture
     sizes = _sizes(a)
     blocks = [
@@ -156,7 +171,7 @@ def parameters(architecture: Architecture) -> int:
 
 
 def linears(architecture: Architecture) -> list[Linear]:
-    """The linear layers of every block, in the order of computation."""
+    """The linear layers of every block, in the order of computation; those of a block that is repeated once."""
     sizes = _sizes(architecture)
     return [
         Linear(
@@ -217,7 +232,7 @@ def _family(config: Mapping[str, Any], where: Where) -> _Family:
         raise CheckpointError("it has no model_type", where=where, do="give the folder of a transformers model")
     model_type = config["model_type"]
     family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    supported = " and ".join(_FAMILIES)
+    supported = ", ".join(_FAMILIES)
     if family is None:
         raise UnsupportedModel(
             f"the model type {model_type!r} is not supported", where=where, do=f"use {supported} models"
@@ -243,6 +258,29 @@ def _family(config: Mapping[str, Any], where: Where) -> _Family:
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise UnsupportedModel(f"layers of types {layer_types!r:.80} are not supported", where=where)
     return family
+
+
+def _tied(config: Mapping[str, Any], family: _Family, where: Where) -> bool:
+    """Released MobileLLMs say `share_embedding`, whatever their `tie_word_embeddings` is."""
+    tied = _flag(config, "tie_word_embeddings", where, default=family.tied_embeddings)
+    shared = family.shares_layers and _flag(config, "share_embedding", where)
+    return tied or shared
+
+
+def _repeats(config: Mapping[str, Any], family: _Family, where: Where) -> int:
+    """Released MobileLLMs say `layer_sharing`, which is two passes."""
+    if not family.shares_layers:
+        return 1
+    repeats = _count(config, "layer_repeats", where, default=1)
+    if repeats == 1 and _flag(config, "layer_sharing", where):
+        repeats = 2
+    if repeats > 1 and config.get("kv_sharing") == "released":
+        raise UnsupportedModel(
+            "one slot of the KV cache for all passes of a block (kv_sharing = 'released') is not supported",
+            where=where,
+            do="set kv_sharing to 'correct': the model was trained so, without a cache",
+        )
+    return repeats
 
 
 def _head_size(config: Mapping[str, Any], hidden: int, heads: int, where: Where) -> int:
@@ -326,8 +364,8 @@ def _positive(config: Mapping[str, Any], field: str, where: Where, *, default: f
     return float(value)
 
 
-def _flag(config: Mapping[str, Any], field: str, where: Where) -> bool:
-    value = config.get(field, False)
+def _flag(config: Mapping[str, Any], field: str, where: Where, *, default: bool = False) -> bool:
+    value = config.get(field, default)
     if not isinstance(value, bool):
         raise CheckpointError(f"{field} is {value!r:.40}, not true or false", where=where)
     return value

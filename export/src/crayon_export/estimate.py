@@ -1,7 +1,8 @@
 """What a model will need and how fast it will answer on a device, from its config alone and before anything is exported.
 
 Decoding one token reads every weight and the keys and values so far, so its speed is bandwidth / bytes, times the share of
-the bandwidth that the backend reaches. Sizes are exact for the tensors; speeds are estimates.
+the bandwidth that the backend reaches. A block that is repeated counts once: its later passes find their weights in the CPU's caches,
+if these are large enough. Sizes are exact for the tensors; speeds are estimates.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def estimate(
 
     table, read = weight_bytes(a, blockwise)
     rotary = (2 if kv_dtype == "fp16" else 4) * context_length * a.head_size
-    kv_cache = 2 * a.layers * a.kv_heads * a.head_size * _KV_BYTES[kv_dtype] * context_length
+    kv_cache = 2 * a.passes * a.kv_heads * a.head_size * _KV_BYTES[kv_dtype] * context_length
     read_per_token = read + kv_cache // 2
     return Estimate(
         parameters=arch.parameters(a),
@@ -162,7 +163,7 @@ def estimate(
             Rate(
                 name,
                 d.bandwidth,
-                1 / (read_per_token / (EFFICIENCY * d.bandwidth) + a.layers * LAYER_SECONDS),
+                1 / (read_per_token / (EFFICIENCY * d.bandwidth) + a.passes * LAYER_SECONDS),
                 d.source,
             )
             for name, d in _devices(device, read_per_token)

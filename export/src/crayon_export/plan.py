@@ -115,7 +115,7 @@ def plan(
         slot_rank: of the slots in ExecuTorch's program, the largest rank of an adapter; None: that of `adapters`, or 16.
         slot_targets: which linear layers have one, of `LINEARS`; none: all.
         single_file: put the weights into ExecuTorch's program, which then takes no adapters.
-        tap_layer: index into transformers' `hidden_states`; None: after the last norm.
+        tap_layer: index into transformers' `hidden_states`, which counts a block that is repeated once; None: after the last norm.
         tokenizer: a folder or file to use instead of the model's own.
         golden_texts: (prompt, continuation) pairs to record.
 
@@ -144,6 +144,12 @@ def plan(
     checkpoint = Checkpoint.open(folder)
     a = architecture.read(checkpoint.config, where=folder / "config.json", context_length=context_length)
     checkpoint.check(a)
+    if a.layer_repeats > 1 and "executorch" in backends:
+        raise UnsupportedModel(
+            f"blocks that are computed {a.layer_repeats} times in a row are not available with the executorch backend",
+            where=folder / "config.json",
+            do="use --backend onnx",
+        )
     context_length = context(a, context_length)
     if tap_layer is not None and not 0 <= tap_layer <= a.layers:
         raise InvalidInput(f"tap layer {tap_layer} is not one of 0 to {a.layers}")

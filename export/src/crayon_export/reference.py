@@ -25,7 +25,7 @@ Ids = npt.NDArray[np.int64]
 
 
 class Weights(Protocol):
-    """Where the forward pass gets its weights. Called in the order of computation, once for each."""
+    """Where the forward pass gets its weights. Called in the order of computation, for a block that is repeated in each pass."""
 
     def embed(self, ids: Ids) -> Floats:
         """The embeddings float32 [streams, T, hidden] of int64 [T] tokens."""
@@ -58,7 +58,7 @@ def forward(
     Args:
         sequences: token ids, int64 [T_i] each; they do not see one another.
         positions: indices into the concatenated sequences, int64 [P]: where logits are wanted.
-        tap_layer: index into transformers' `hidden_states`.
+        tap_layer: index into transformers' `hidden_states`, which counts blocks, not their passes.
     """
     ends = np.cumsum([len(s) for s in sequences])
     spans = [slice(int(end) - len(s), int(end)) for s, end in zip(sequences, ends, strict=True)]
@@ -66,7 +66,8 @@ def forward(
 
     x = weights.embed(np.concatenate(sequences))
     tapped = x.copy()
-    for layer in range(a.layers):
+    for index in range(a.passes):
+        layer = index // a.layer_repeats
         name = f"model.layers.{layer}"
         h = _rms_norm(x, weights.vector(f"{name}.input_layernorm.weight"), a.norm_eps)
         q, k, v = (weights.linear(f"{name}.self_attn.{p}_proj", h) for p in "qkv")
@@ -75,7 +76,7 @@ def forward(
         h = _rms_norm(x, weights.vector(f"{name}.post_attention_layernorm.weight"), a.norm_eps)
         gate, up = (weights.linear(f"{name}.mlp.{p}_proj", h) for p in ("gate", "up"))
         x = x + weights.linear(f"{name}.mlp.down_proj", _silu(gate) * up)
-        if layer + 1 == tap_layer:
+        if index + 1 == tap_layer * a.layer_repeats:
             tapped = x.copy()
     x = _rms_norm(x, weights.vector("model.norm.weight"), a.norm_eps)
     return Outputs(

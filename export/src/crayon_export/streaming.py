@@ -19,7 +19,8 @@ Ids = npt.NDArray[np.int64]
 
 
 class WrittenWeights:
-    """`reference.Weights` over a checkpoint. Each tensor is read once, in chunks, and leaves in the format of every backend.
+    """`reference.Weights` over a checkpoint. Each tensor is read once, in chunks, and leaves in the format of every backend. Those of a
+    block that is repeated stay in memory until its last pass.
 
     The streams of the reference are the variants (the base, then each adapter) with float weights and, for each storage that is
     lossy, the same variants again with the weights as that one holds them.
@@ -52,6 +53,9 @@ class WrittenWeights:
         self._merged = merged
         self._on_bytes = on_bytes
         self._linears = {x.module: x for x in linears(architecture)}
+        self._vectors: dict[str, Floats] = {}
+        self._block: dict[str, list[tuple[int, list[Floats]]]] = {}
+        """What `_pushed` returned for each chunk of the linear layers of one block, by module."""
         self.reports: list[TensorReport] = []
 
     def streams(self, storage: Storage | None = None) -> slice:
@@ -71,20 +75,20 @@ class WrittenWeights:
         return np.repeat(families, len(self._variants), axis=0)
 
     def vector(self, name: str) -> Floats:
-        whole = np.concatenate([rows for _, rows in self._rows(name)])
+        if name in self._vectors:
+            return self._vectors[name]
+        whole = self._vectors[name] = np.concatenate([rows for _, rows in self._rows(name)])
         for storage in self._storages:
             storage.vector(name, whole)
         return whole
 
     def linear(self, module: str, x: Floats) -> Floats:
         rows = self._a.vocab_size if module == "lm_head" else self._linears[module].out_features
-        matrices = [storage.linear(module, rows, x.shape[-1]) for storage in self._storages]
         families = [slice(i, i + len(self._variants)) for i in range(0, len(x), len(self._variants))]
         y = np.zeros((*x.shape[:2], rows), np.float32)
-        for start, weights in self._weights(module):
-            for family, worth in zip(families, self._pushed(weights, matrices), strict=True):
-                y[family, :, start : start + len(weights)] = _product(x[family], worth)
-        self.reports += [matrix.close() for matrix in matrices]
+        for start, chunk in self._chunks(module, rows, x.shape[-1]):
+            for family, worth in zip(families, chunk, strict=True):
+                y[family, :, start : start + len(worth)] = _product(x[family], worth)
         for variant, adapter in enumerate(self._variants):
             if adapter is not None and module in adapter.targets:
                 pairs = [scaled(adapter, module), *(storage.adapter(adapter, module) for storage in self._lossy)]
@@ -92,6 +96,26 @@ class WrittenWeights:
                     stream = family.start + variant
                     y[stream] += x[stream] @ a.T @ b.T
         return y
+
+    def _chunks(self, module: str, rows: int, width: int) -> Iterator[tuple[int, list[Floats]]]:
+        """A linear layer by rows, as `_pushed` returns them; it is stored in the first pass."""
+        if module in self._block:
+            yield from self._block[module]
+            return
+        linear = self._linears.get(module)
+        repeated = linear is not None and self._a.layer_repeats > 1
+        if linear is None or any(self._linears[kept].layer != linear.layer for kept in self._block):
+            self._block.clear()
+        matrices = [storage.linear(module, rows, width) for storage in self._storages]
+        kept = []
+        for start, weights in self._weights(module):
+            chunk = self._pushed(weights, matrices)
+            yield start, chunk
+            if repeated:
+                kept.append((start, chunk))
+        self.reports += [matrix.close() for matrix in matrices]
+        if repeated:
+            self._block[module] = kept
 
     def _pushed(self, rows: Floats, matrices: Sequence[Matrix]) -> list[Floats]:
         """Rows, stored everywhere: themselves, and what each lossy storage makes of them."""

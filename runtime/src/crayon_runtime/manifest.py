@@ -47,6 +47,9 @@ MOST_RANK = 4096
 MOST_PROTOTYPES = 1024
 """Of an adapter."""
 
+MOST_REPEATS = 64
+"""Of a block."""
+
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a block that an adapter may target, in the order of computation."""
 
@@ -94,6 +97,19 @@ class Architecture(Struct, frozen=True):
     norm_eps: float
     rope: Rope
     trained_context_length: Count
+    layer_repeats: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=MOST_REPEATS,
+            description="how often in a row each of the `layers` blocks is computed, with a KV cache each time",
+        ),
+    ] = 1
+
+    @property
+    def passes(self) -> int:
+        """Computations of a block for each token; each has a slot of the KV cache."""
+        return self.layers * self.layer_repeats
 
 
 class Quantization(Struct, frozen=True):
@@ -179,7 +195,10 @@ class Tap(Struct, frozen=True):
 
     layer: Annotated[
         int,
-        Meta(ge=0, description="index into transformers' hidden_states: 0 the embedding, `layers` after the last norm"),
+        Meta(
+            ge=0,
+            description="index into transformers' hidden_states: 0 the embedding, `layers` after the last norm. Blocks are counted once",
+        ),
     ]
     size: Count
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
 from crayon_runtime.errors import InvalidInput
 from crayon_runtime.files import atomic_directory
 from crayon_runtime.manifest import LINEARS
+from crayon_server import models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -386,6 +387,7 @@ def train_lora(
     if not texts:
         raise InvalidInput("there are no texts to train on", where=out)
     with atomic_directory(out, replace=replace) as folder:
+        models.register()
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         torch.manual_seed(seed)

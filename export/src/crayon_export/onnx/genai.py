@@ -23,7 +23,7 @@ def genai_config(a: Architecture, tokenizer: Tokenizer, *, model_file: str, cont
             "hidden_size": a.hidden_size,
             "num_attention_heads": a.heads,
             "num_key_value_heads": a.kv_heads,
-            "num_hidden_layers": a.layers,
+            "num_hidden_layers": a.passes,
             "inputs": {
                 "input_ids": "input_ids",
                 "attention_mask": "attention_mask",

@@ -7,6 +7,8 @@ Inputs and outputs carry the names that onnxruntime-genai uses. Beside them:
 
 * two optional inputs a linear layer, `MODULE.lora_A.weight` [in, r] and `MODULE.lora_B.weight` [r, out]. Their defaults have r = 0,
   so that the same graph runs without an adapter; alpha/r is part of B.
+* for each pass of a block a KV cache: a block that is repeated (MobileLLM-LS) is computed by nodes of its own in each pass, whose names
+  end in `/pass2` …, over the same weights and adapter;
 * `tap_sum` and `tap_last` [batch, hidden]: the hidden state of the tapped layer, summed over this run's tokens and of the last one.
 
 `logits` are those of the last token only: [batch, 1, vocabulary].
@@ -15,7 +17,8 @@ Inputs and outputs carry the names that onnxruntime-genai uses. Beside them:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -32,6 +35,17 @@ _MS = "com.microsoft"
 _FLOAT = TensorProto.FLOAT
 # MatMulNBits: 4 lets the kernels quantize the activations to int8, which is what makes it fast on a CPU.
 _ACCURACY_LEVEL = 4
+
+
+class _Pass(NamedTuple):
+    """One computation of a block."""
+
+    block: str
+    """model.layers.3: its weights, and its nodes in the first pass."""
+    slot: int
+    """Of the KV cache."""
+    suffix: str
+    """Of the names of its nodes: empty in the first pass."""
 
 
 class _Graph:
@@ -73,7 +87,7 @@ class LlamaGraph:
         weights: the format of the linear layers; None: float32.
         kv_dtype: element type of the cache, "fp32" or "fp16".
         slots: the linear layers, as "q_proj", that take an adapter.
-        tap_layer: index into transformers' `hidden_states`.
+        tap_layer: index into transformers' `hidden_states`, which counts blocks, not their passes.
         embedding: how the embedding table is stored, "fp32" or "fp16".
     """
 
@@ -108,6 +122,10 @@ class LlamaGraph:
         data.add("rotary.cos", cos.astype(kv_float))
         data.add("rotary.sin", sin.astype(kv_float))
 
+        passes = [
+            _Pass(f"model.layers.{slot // a.layer_repeats}", slot, _suffix(slot % a.layer_repeats))
+            for slot in range(a.passes)
+        ]
         residual = self._embed()
         self._tap(0, residual)
         hidden = g(
@@ -118,17 +136,25 @@ class LlamaGraph:
             epsilon=a.norm_eps,
             stash_type=1,
         )
-        for layer in range(a.layers):
-            block = f"model.layers.{layer}"
+        for current, following in pairwise([*passes, None]):
+            assert current is not None
             hidden, residual = self._add_norm(
-                residual, self._attention(layer, hidden), f"{block}.post_attention_layernorm"
+                residual,
+                self._attention(current, hidden),
+                f"{current.block}.post_attention_layernorm",
+                current.suffix,
             )
-            last = layer + 1 == a.layers
-            after = "model.norm" if last else f"model.layers.{layer + 1}.input_layernorm"
-            hidden, residual = self._add_norm(residual, self._mlp(block, hidden), after)
-            self._tap(layer + 1, hidden if last else residual)
+            update = self._mlp(current, hidden)
+            if following is None:
+                hidden, residual = self._add_norm(residual, update, "model.norm")
+            else:
+                norm = f"{following.block}.input_layernorm"
+                hidden, residual = self._add_norm(residual, update, norm, following.suffix)
+            blocks, unfinished = divmod(current.slot + 1, a.layer_repeats)
+            if not unfinished:
+                self._tap(blocks, hidden if following is None else residual)
         last_token = g("Gather", [hidden, g.constant("index.last", [-1])], "model.norm/last", axis=1)
-        self._linear("lm_head", last_token, a.vocab_size, a.hidden_size, output="logits")
+        self._linear("lm_head", last_token, a.vocab_size, a.hidden_size, "logits")
 
         graph = helper.make_graph(
             g.nodes, a.model_type, g.inputs, g.outputs, [*g.constants.values(), *data.initializers]
@@ -175,22 +201,23 @@ class LlamaGraph:
         for name in ("tap_sum", "tap_last"):
             g.output(name, _FLOAT, ["batch_size", self._a.hidden_size])
 
-    def _add_norm(self, residual: str, update: str, norm: str) -> tuple[str, str]:
+    def _add_norm(self, residual: str, update: str, norm: str, suffix: str = "") -> tuple[str, str]:
         """residual + update, and its RMS norm: (normalized, sum)."""
-        total = f"{norm}/residual"
+        node = f"{norm}{suffix}"
+        total = f"{node}/residual"
         self._g(
             "SkipSimplifiedLayerNormalization",
             [residual, update, f"{norm}.weight"],
-            [norm, "", "", total],
+            [node, "", "", total],
             domain=_MS,
             epsilon=self._a.norm_eps,
         )
-        return norm, total
+        return node, total
 
-    def _linear(self, module: str, x: str, rows: int, width: int, *, output: str | None = None) -> str:
-        """W x, plus the adapter's part where the module has a slot."""
+    def _linear(self, module: str, x: str, rows: int, width: int, node: str) -> str:
+        """W x in a node of that name, plus the adapter's part where the module has a slot."""
         g, slot = self._g, module.rpartition(".")[2] in self._slots
-        base = f"{module}/base" if slot else output or module
+        base = f"{node}/base" if slot else node
         if self._weights is None:
             # The weight stays [out, in] as in the checkpoint, so that it can be streamed by rows.
             g("FusedMatMul", [x, f"{module}.weight"], base, domain=_MS, transB=1)
@@ -209,24 +236,22 @@ class LlamaGraph:
         if not slot:
             return base
         a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-        rank = (
-            f"{module}.rank"  # a symbol of its own: ONNX Runtime gives equal symbols one buffer, and ranks may differ
-        )
-        g.input(a, _FLOAT, [width, rank])
-        g.input(b, _FLOAT, [rank, rows])
-        g.constant(a, np.zeros((width, 0)), np.float32)
-        g.constant(b, np.zeros((0, rows)), np.float32)
-        delta = g("MatMul", [g("MatMul", [x, a], f"{module}/lora_A"), b], f"{module}/lora_B")
-        return g("Add", [base, delta], output or module)
+        if a not in g.constants:
+            rank = f"{module}.rank"  # a symbol of its own: ONNX Runtime gives equal symbols one buffer, and ranks may differ
+            g.input(a, _FLOAT, [width, rank])
+            g.input(b, _FLOAT, [rank, rows])
+            g.constant(a, np.zeros((width, 0)), np.float32)
+            g.constant(b, np.zeros((0, rows)), np.float32)
+        delta = g("MatMul", [g("MatMul", [x, a], f"{node}/lora_A"), b], f"{node}/lora_B")
+        return g("Add", [base, delta], node)
 
-    def _module(self, module: str, x: str) -> str:
-        linear = self._linears[module]
-        return self._linear(module, x, linear.out_features, linear.in_features)
+    def _module(self, at: _Pass, module: str, x: str) -> str:
+        linear = self._linears[f"{at.block}.{module}"]
+        return self._linear(linear.module, x, linear.out_features, linear.in_features, f"{linear.module}{at.suffix}")
 
-    def _attention(self, layer: int, x: str) -> str:
+    def _attention(self, at: _Pass, x: str) -> str:
         a, g = self._a, self._g
-        name = f"model.layers.{layer}.self_attn"
-        q, k, v = (self._module(f"{name}.{p}_proj", x) for p in "qkv")
+        q, k, v = (self._module(at, f"self_attn.{p}_proj", x) for p in "qkv")
         rotary = ["rotary.cos", "rotary.sin"]
         if self._kv_type != _FLOAT:
             q, k, v = (g("Cast", [t], f"{t}/cache", to=self._kv_type) for t in (q, k, v))
@@ -237,11 +262,11 @@ class LlamaGraph:
                 for t, heads in ((q, a.heads), (k, a.kv_heads))
             )
         shape: list[str | int] = ["batch_size", a.kv_heads, "past_sequence_length", a.head_size]
-        past = [g.input(f"past_key_values.{layer}.{s}", self._kv_type, shape) for s in ("key", "value")]
-        present = [f"present.{layer}.{s}" for s in ("key", "value")]
+        past = [g.input(f"past_key_values.{at.slot}.{s}", self._kv_type, shape) for s in ("key", "value")]
+        present = [f"present.{at.slot}.{s}" for s in ("key", "value")]
         for p in present:
             g.output(p, self._kv_type, ["batch_size", a.kv_heads, "total_sequence_length", a.head_size])
-        out = f"{name}.attention"
+        out = f"{at.block}.self_attn.attention{at.suffix}"
         g(
             "GroupQueryAttention",
             [
@@ -262,11 +287,16 @@ class LlamaGraph:
         )
         if self._kv_type != _FLOAT:
             out = g("Cast", [out], f"{out}/float", to=_FLOAT)
-        return self._module(f"{name}.o_proj", out)
+        return self._module(at, "self_attn.o_proj", out)
 
-    def _mlp(self, block: str, x: str) -> str:
-        g = self._g
-        gate = self._module(f"{block}.mlp.gate_proj", x)
-        up = self._module(f"{block}.mlp.up_proj", x)
-        silu = g("Mul", [gate, g("Sigmoid", [gate], f"{block}.mlp/sigmoid")], f"{block}.mlp/silu")
-        return self._module(f"{block}.mlp.down_proj", g("Mul", [silu, up], f"{block}.mlp/product"))
+    def _mlp(self, at: _Pass, x: str) -> str:
+        g, name = self._g, f"{at.block}.mlp{at.suffix}"
+        gate = self._module(at, "mlp.gate_proj", x)
+        up = self._module(at, "mlp.up_proj", x)
+        silu = g("Mul", [gate, g("Sigmoid", [gate], f"{name}/sigmoid")], f"{name}/silu")
+        return self._module(at, "mlp.down_proj", g("Mul", [silu, up], f"{name}/product"))
+
+
+def _suffix(repeat: int) -> str:
+    """Of the nodes of a block that is computed for the `repeat`-th time after the first."""
+    return f"/pass{repeat + 1}" if repeat else ""

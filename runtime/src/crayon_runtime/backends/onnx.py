@@ -39,7 +39,7 @@ class OnnxBackend:
         self.vocab_size = model.architecture.vocab_size
         self.context_length = model.context_length
         self.tap_size = model.tap.size
-        self.layers = model.architecture.layers
+        self.kv_slots = model.architecture.passes
         self.kv_shape = (1, model.architecture.kv_heads, model.context_length, model.architecture.head_size)
         self.kv_dtype = _KV_TYPES[model.kv_dtype]
         self._fingerprint = model.base_fingerprint
@@ -152,7 +152,7 @@ class OnnxCache:
         # Zeroed pages take no memory until a token is written to them.
         self._kv = {
             f"{layer}.{side}": np.zeros(backend.kv_shape, backend.kv_dtype)
-            for layer in range(backend.layers)
+            for layer in range(backend.kv_slots)
             for side in ("key", "value")
         }
         self._logits = np.zeros((1, 1, backend.vocab_size), np.float32)

@@ -1,4 +1,4 @@
-"""crayon model create, crayon model train."""
+"""crayon model create, crayon model convert, crayon model train."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def model() -> None:
-    """Create or train the embedded models."""
+    """Create, convert or train the models that devices run."""
 
 
 @model.command()
@@ -27,13 +27,46 @@ def model() -> None:
 @click.option("--out", type=PATH, required=True, help="The Hugging Face folder to write.")
 @click.option("--pretrained", is_flag=True, help="The shipped weights instead of random ones.")
 @click.option("--seed", default=0, show_default=True, help="Of the random weights.")
+@click.option(
+    "--tokenizer",
+    type=PATH,
+    help="A tokenizer.json, tokenizer.model or folder to put beside the weights.  [default: the benchmark's for nano, else none]",
+)
+@click.option(
+    "--vocab-size", type=click.IntRange(min=3), help="Rows of the embedding.  [default: the tokenizer's, or 32000]"
+)
 @click.option("--force", is_flag=True, help="Replace the folder at --out.")
-def create(arch: str, out: Path, pretrained: bool, seed: int, force: bool) -> None:
-    """Write a model folder of ARCH (nano, nano-server) for transformers and `crayon export`."""
+def create(
+    arch: str, out: Path, pretrained: bool, seed: int, tokenizer: Path | None, vocab_size: int | None, force: bool
+) -> None:
+    """Write a model folder of ARCH for transformers and `crayon export`.
+
+    ARCH is nano, nano-server, mobilellm-125m, -350m, -600m, -1b or -1.5b, or with shared layers mobilellm-ls-125m to -1.5b.
+    """
     from crayon_server import models
 
     with quiet():
-        models.create(arch, out, pretrained=pretrained, seed=seed, replace=force)
+        models.create(
+            arch, out, pretrained=pretrained, seed=seed, replace=force, tokenizer=tokenizer, vocab_size=vocab_size
+        )
+    if tokenizer is None and arch not in models.NANO:
+        click.echo("it has no tokenizer: name one with --tokenizer here, or when it is exported", err=True)
+    click.echo(out)
+
+
+@model.command()
+@click.argument("source", type=PATH)
+@click.option(
+    "--to", "layout", required=True, help="mobilellm (this project's), released (facebook/MobileLLM-*), or llama."
+)
+@click.option("--out", type=PATH, required=True, help="The Hugging Face folder to write.")
+@click.option("--force", is_flag=True, help="Replace the folder at --out.")
+def convert(source: Path, layout: str, out: Path, force: bool) -> None:
+    """Write a MobileLLM folder in another layout; SOURCE is one of this project, or a released checkpoint."""
+    with quiet():
+        from crayon_server.models import mobilellm
+
+        mobilellm.convert(source, out, layout, replace=force)
     click.echo(out)
 
 

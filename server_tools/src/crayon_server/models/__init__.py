@@ -1,15 +1,18 @@
-"""The embedded models: small LLaMA-style decoders in MobileLLM's manner (SwiGLU, grouped queries, shared embedding).
+"""The models that a device runs: small LLaMA-style decoders in MobileLLM's manner (SwiGLU, grouped queries, shared embedding).
 
-`nano` is the device model: 0.5 M parameters that know every domain and convention of the phone-assistant benchmark, and cannot know
+`nano` is the demo's device model: 0.5 M parameters that know every domain and convention of the phone-assistant benchmark, and cannot know
 which convention is the user's. `nano-server` is the larger one that a server runs beside it, 1.9 M parameters: it knows further domains,
 and the user as little. The weights of both are shipped.
+
+`mobilellm-125m` to `mobilellm-1.5b` have the shapes of arXiv:2402.14905, and `mobilellm-ls-125m` to `mobilellm-ls-1.5b` compute each block
+twice. Their classes are in `crayon_server.models.mobilellm`; see `register`.
 """
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crayon_runtime.errors import InvalidInput
 from crayon_runtime.files import atomic_directory
@@ -18,51 +21,90 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
 CONTEXT_LENGTH = 512
+"""Of the nano models."""
 
-_SHAPES: dict[str, dict[str, int]] = {
-    "nano": {
-        "hidden_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 256,
-    },
-    "nano-server": {
-        "hidden_size": 192,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 448,
-    },
+
+class _Shape(NamedTuple):
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    head_dim: int
+
+
+_NANO = {
+    "nano": _Shape(4, 96, 4, 2, 256, 32),
+    "nano-server": _Shape(5, 192, 6, 2, 448, 32),
 }
-ARCHITECTURES = tuple(_SHAPES)
+_MOBILELLM = {
+    "125m": _Shape(30, 576, 9, 3, 1536, 64),
+    "350m": _Shape(32, 960, 15, 5, 2560, 64),
+    "600m": _Shape(40, 1152, 18, 6, 3072, 64),
+    "1b": _Shape(54, 1280, 20, 5, 3584, 64),
+    "1.5b": _Shape(54, 1600, 25, 5, 4352, 64),
+}
+_REPEATS = {"mobilellm": 1, "mobilellm-ls": 2}
+_MOST_TOKENS = 1 << 24
+
+NANO = tuple(_NANO)
+ARCHITECTURES = (*NANO, *(f"{family}-{size}" for family in _REPEATS for size in _MOBILELLM))
 
 
-def config(name: str) -> LlamaConfig:
-    """The transformers configuration of an architecture.
+def config(name: str, *, vocab_size: int | None = None) -> LlamaConfig:
+    """The transformers configuration of an architecture: a `LlamaConfig`, or a `MobileLLMConfig`, which is one.
+
+    Args:
+        vocab_size: None: the benchmark's tokenizer's for the nano models, 32,000 for the others.
 
     Raises:
-        InvalidInput: there is no architecture of this name.
+        InvalidInput: there is no architecture of this name, or the vocabulary is too small for its special tokens.
     """
-    from transformers import LlamaConfig
-
-    from crayon_server.models import tokenizer
-
-    if name not in _SHAPES:
+    if name not in ARCHITECTURES:
         raise InvalidInput(f"there is no architecture {name!r}", do=f"choose one of {', '.join(ARCHITECTURES)}")
-    fixed: dict[str, Any] = {
-        "vocab_size": tokenizer.VOCAB_SIZE,
-        "max_position_embeddings": CONTEXT_LENGTH,
+    if vocab_size is not None and vocab_size < 3:
+        raise InvalidInput(f"a vocabulary of {vocab_size} tokens has no place for padding, begin and end")
+    if name in _NANO:
+        from transformers import LlamaConfig
+
+        from crayon_server.models import tokenizer
+
+        return LlamaConfig(
+            **_fields(_NANO[name]),
+            vocab_size=vocab_size or tokenizer.VOCAB_SIZE,
+            max_position_embeddings=CONTEXT_LENGTH,
+            initializer_range=0.05,
+            pad_token_id=tokenizer.PAD_ID,
+            bos_token_id=tokenizer.BOS_ID,
+            eos_token_id=tokenizer.EOS_ID,
+        )
+    from crayon_server.models.mobilellm import MobileLLMConfig
+
+    family, _, size = name.rpartition("-")
+    return MobileLLMConfig(
+        **_fields(_MOBILELLM[size]),
+        vocab_size=vocab_size or 32_000,
+        pad_token_id=0,
+        layer_repeats=_REPEATS[family],
+    )
+
+
+def _fields(shape: _Shape) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.ffn,
+        "head_dim": shape.head_dim,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
-        "initializer_range": 0.05,
-        "pad_token_id": tokenizer.PAD_ID,
-        "bos_token_id": tokenizer.BOS_ID,
-        "eos_token_id": tokenizer.EOS_ID,
     }
-    return LlamaConfig(**_SHAPES[name], **fixed)
+
+
+def register() -> None:
+    """Let transformers know the model type "mobilellm": call it before a folder of any model is loaded."""
+    import crayon_server.models.mobilellm  # noqa: F401 - its import does that
 
 
 def load_nano() -> Path:
@@ -75,34 +117,84 @@ def load_nano_server() -> Path:
     return Path(__file__).parent / "nano_server"
 
 
-def initialize(name: str, seed: int = 0) -> LlamaForCausalLM:
+def initialize(name: str, seed: int = 0, *, vocab_size: int | None = None) -> LlamaForCausalLM:
     """A model of an architecture with random weights (float32)."""
     import torch
     from transformers import LlamaForCausalLM
 
+    configuration = config(name, vocab_size=vocab_size)
     torch.manual_seed(seed)
-    return LlamaForCausalLM(config(name))
+    if name in _NANO:
+        return LlamaForCausalLM(configuration)
+    from crayon_server.models.mobilellm import MobileLLMConfig, MobileLLMForCausalLM
+
+    assert isinstance(configuration, MobileLLMConfig)
+    return MobileLLMForCausalLM(configuration)
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> None:
-    """Write a model with its tokenizer as a Hugging Face folder."""
+    """Write a nano model with its tokenizer as a Hugging Face folder."""
     from crayon_server.models import tokenizer
 
-    model.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+    _save_weights(model, folder)
     tokenizer.write(tokenizer.learn(), folder)
 
 
-def create(name: str, out: Path, *, pretrained: bool = False, seed: int = 0, replace: bool = False) -> None:
+def _save_weights(model: LlamaForCausalLM, folder: Path) -> None:
+    model.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes it for its owner alone
+
+
+def create(
+    name: str,
+    out: Path,
+    *,
+    pretrained: bool = False,
+    seed: int = 0,
+    replace: bool = False,
+    tokenizer: Path | None = None,
+    vocab_size: int | None = None,
+) -> None:
     """Write a Hugging Face folder of an architecture, with random weights or with those that are shipped.
 
+    Args:
+        tokenizer: a tokenizer.json, tokenizer.model or folder with one of them, to write beside the weights; None: the nano models get
+            theirs, the others none.
+        vocab_size: of random weights; None: that of `tokenizer`, or else as in `config`.
+
     Raises:
-        InvalidInput: there is no architecture of this name.
+        InvalidInput: there is no architecture of this name, or there are no weights of it.
+        CheckpointError: there is no tokenizer, or it has more tokens than `vocab_size`.
         OutputError: `out` exists and is not to be replaced, or cannot be written.
     """
     shipped = {"nano": load_nano(), "nano-server": load_nano_server()}
+    if pretrained and name in ARCHITECTURES and name not in shipped:
+        raise InvalidInput(
+            f"no weights of {name} are shipped", do=f"leave out --pretrained; there are those of {', '.join(shipped)}"
+        )
+    if pretrained and (tokenizer or vocab_size):
+        raise InvalidInput("the shipped weights have a tokenizer of their own", do="leave out --pretrained")
+    if vocab_size and name in NANO and not tokenizer:
+        raise InvalidInput(f"the vocabulary of {name} is its tokenizer's", do="give another --tokenizer as well")
     with atomic_directory(out, replace=replace) as folder:
         if pretrained and name in shipped:
             shutil.copytree(shipped[name], folder, dirs_exist_ok=True)
-        else:
+        elif tokenizer:
+            _save_weights(_initialize_for(tokenizer, folder, name, seed, vocab_size), folder)
+        elif name in NANO:
             save(initialize(name, seed), folder)
+        else:
+            _save_weights(initialize(name, seed, vocab_size=vocab_size), folder)
+
+
+def _initialize_for(tokenizer: Path, folder: Path, name: str, seed: int, vocab_size: int | None) -> LlamaForCausalLM:
+    """A model for a tokenizer, which is copied into a folder."""
+    from crayon_export.tokenizer import convert
+
+    info = convert(tokenizer, folder, model_vocab_size=vocab_size or _MOST_TOKENS)
+    model = initialize(name, seed, vocab_size=vocab_size or info.vocab_size)
+    eos = info.eos[0] if len(info.eos) == 1 else info.eos or None
+    for settings in (model.config, model.generation_config):
+        settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = info.bos, eos, info.pad
+    return model

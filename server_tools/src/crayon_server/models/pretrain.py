@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING
 
+from crayon_runtime.errors import InvalidInput
 from crayon_runtime.files import atomic_directory
 from crayon_server import models, training
 from crayon_server.data.phone_assistant import CONVENTIONS, DOMAINS, SERVER_ONLY
@@ -74,11 +75,13 @@ def pretrain(
         The loss of each step.
 
     Raises:
-        InvalidInput: there is no architecture of this name.
+        InvalidInput: it is no embedded model.
         OutputError: `out` exists and is not to be replaced, or cannot be written.
     """
     from transformers import PreTrainedTokenizerFast
 
+    if name not in models.NANO:
+        raise InvalidInput(f"{name!r} is no embedded model", do=f"choose one of {', '.join(models.NANO)}")
     with atomic_directory(out, replace=replace) as folder:
         model = models.initialize(name, seed)
         models.save(model, folder)

@@ -30,7 +30,7 @@ from crayon_runtime.errors import InvalidInput, OutputError
 from crayon_runtime.files import atomic_file
 from crayon_runtime.manifest import LINEARS, SCHEMA_VERSION
 from crayon_runtime.pool import Embedding, Pool, PoolManifest, peft_config, pool_name, write_pool
-from crayon_server import training
+from crayon_server import models, training
 from crayon_server.checkpoints import Checkpoints
 from crayon_server.pool import embeddings as embedding
 from crayon_server.pool import indicators
@@ -294,6 +294,7 @@ def build(
     if _recipe(groups, settings) == "groups":
         _members(groups)
     fingerprint = training.base_fingerprint(model_dir)
+    models.register()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     dtype = torch.bfloat16 if place.mixed_precision == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()

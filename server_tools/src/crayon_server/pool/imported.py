@@ -31,7 +31,7 @@ from crayon_runtime.pool import (
     write_pool,
 )
 from crayon_runtime.prototypes import FILE as PROTOTYPES
-from crayon_server import training
+from crayon_server import models, training
 from crayon_server.pool import indicators
 from crayon_server.pool.build import DIMENSIONS, TEMPERATURE, TYPICAL_TEXTS, check_out, part_of, typical_text
 from crayon_server.pool.data import Corpus
@@ -231,6 +231,7 @@ def _embed(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    models.register()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     layers: int = model.config.num_hidden_layers

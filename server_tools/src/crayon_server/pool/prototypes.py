@@ -25,7 +25,7 @@ from crayon_runtime.pool import OUTPUTS, PROJECTION, adapter_folder, write_pool
 from crayon_runtime.prototypes import FILE, ClusteredPrototypes
 from crayon_runtime.request import prompt_ids
 from crayon_runtime.session import common_prefix
-from crayon_server import training
+from crayon_server import models, training
 from crayon_server.pool import embeddings, indicators
 from crayon_server.pool.data import Corpus, Pair
 
@@ -238,6 +238,7 @@ def ask_model(folder: Path, prompts: Sequence[str], *, max_tokens: int) -> Itera
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    models.register()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
@@ -290,6 +291,7 @@ class ModelEmbedder:
 
         _check_base(training.base_fingerprint(folder), pool, folder)
         self._layer = pool.manifest.embedding.tap_layer
+        models.register()
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._place = training.accelerator()
         self._model = training.put(
