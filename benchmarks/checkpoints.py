@@ -1,6 +1,6 @@
 """Checkpoints of real shapes that take almost no disk, for measuring memory and time.
 
-Every tensor is a hole in a sparse file but for its first elements, which are random, so that hashes differ. Norms are ones. The
+Every tensor is a hole in a sparse file but for its first elements, which are random, so that hashes differ. Norms are nearly ones. The
 outputs of such a model mean nothing; how long they take does not depend on them.
 
 `python -m benchmarks.checkpoints NAME FOLDER` writes one as FOLDER/NAME.
@@ -111,7 +111,7 @@ def _write(path: Path, entries: list[tuple[str, tuple[int, ...]]], rng: np.rando
             file.seek(start + header[name]["data_offsets"][0])
             elements = int(np.prod(shape))
             norm = len(shape) == 1
-            values = np.ones(elements) if norm else rng.standard_normal(min(elements, _RANDOM_ELEMENTS)) * 0.02
+            values = rng.standard_normal(elements if norm else min(elements, _RANDOM_ELEMENTS)) * 0.02 + norm
             file.write(values.astype(np.float16).tobytes())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -68,14 +69,18 @@ class _Usage(NamedTuple):
 
 
 def _measured(*arguments: str) -> _Usage:
-    """Run `crayon`."""
-    started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "crayon_runtime", *arguments], stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, process.args)
-    return _Usage(time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+    """Run `crayon`. A process in between asks for its usage: the peak of a child of this one would be at least this one's memory."""
+    command = [sys.executable, "-c", _MEASURE, sys.executable, "-m", "crayon_runtime", *arguments]
+    return _Usage(*json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+
+
+_MEASURE = """
+import json, resource, subprocess, sys, time
+started = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))
+"""
 
 
 def _template(shapes: str, model: Path, work: Path, *, most_mb: int, most_minutes: int) -> Iterator[Row]:
