@@ -144,12 +144,6 @@ def plan(
     checkpoint = Checkpoint.open(folder)
     a = architecture.read(checkpoint.config, where=folder / "config.json", context_length=context_length)
     checkpoint.check(a)
-    if a.layer_repeats > 1 and "executorch" in backends:
-        raise UnsupportedModel(
-            f"blocks that are computed {a.layer_repeats} times in a row are not available with the executorch backend",
-            where=folder / "config.json",
-            do="use --backend onnx",
-        )
     context_length = context(a, context_length)
     if tap_layer is not None and not 0 <= tap_layer <= a.layers:
         raise InvalidInput(f"tap layer {tap_layer} is not one of 0 to {a.layers}")

@@ -3,6 +3,7 @@
 Only the driver is ours. The model's classes, the attention with its custom operators, the quantized tensors, the passes and the
 partitioners are those that `executorch.examples.models.llama.export_llama_lib` puts together; what differs:
 
+- blocks that are computed several times (MobileLLM-LS) are layers over the same weights, each with a KV cache;
 - weights come quantized, from `ProgramStorage`, so that the golden cases are computed with the very same numbers;
 - rotary tables are ours, which also know linear and llama3 scaling in the layout of transformers;
 - each linear layer has a group size that divides it;
@@ -77,12 +78,16 @@ _MODULES = {
 
 class Tapped(torch.nn.Module):
     """The official model, with the tap: tokens int64 [1, S] and the position int64 [1] of the first of them to the logits [1, V]
-    after the last, the sum of the tapped hidden states [1, D] and the last of them [1, D]."""
+    after the last, the sum of the tapped hidden states [1, D] and the last of them [1, D].
 
-    def __init__(self, transformer: Transformer, tap_layer: int) -> None:
+    Args:
+        tapped_after: how many layers come before the tap.
+    """
+
+    def __init__(self, transformer: Transformer, tapped_after: int) -> None:
         super().__init__()
         self.transformer = transformer
-        self.tap_layer = tap_layer
+        self.tapped_after = tapped_after
 
     def forward(self, tokens: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         t = self.transformer
@@ -90,9 +95,9 @@ class Tapped(torch.nn.Module):
         cos, sin = t.rope.get_freqs(position, tokens.shape[1])
         for index, layer in enumerate(t.layers):
             h, _ = layer(h, cos, sin, {"input_pos": position})
-            if index + 1 == self.tap_layer:
+            if index + 1 == self.tapped_after:
                 tapped = h
-        if self.tap_layer == len(t.layers):
+        if self.tapped_after == len(t.layers):
             tapped = t.norm(h)
             last = tapped[:, -1, :]
         else:
@@ -126,7 +131,7 @@ def build(
     """The official model over stored weights, which are not copied."""
     args = ModelArgs(
         dim=a.hidden_size,
-        n_layers=a.layers,
+        n_layers=a.passes,
         n_heads=a.heads,
         n_kv_heads=a.kv_heads,
         head_dim=a.head_size,
@@ -151,18 +156,19 @@ def build(
     model.norm.weight = _parameter(tensors[arch.FINAL_NORM].values)
     for index, layer in enumerate(model.layers):
         for theirs, ours in ((theirs, ours) for ours, theirs in _MODULES.items()):
-            stored = tensors[f"model.layers.{index}.{ours}.weight"]
+            module = f"model.layers.{index // a.layer_repeats}.{ours}"
+            stored = tensors[f"{module}.weight"]
             parent, _, attribute = theirs.rpartition(".")
             if not parent:
                 getattr(layer, theirs).weight = _parameter(stored.values)
                 continue
             linear = _linear(stored)
-            pair = (adapter or {}).get(f"model.layers.{index}.{ours}")
+            pair = (adapter or {}).get(module)
             setattr(layer.get_submodule(parent), attribute, LoraLinear(linear, *pair) if pair else linear)
     replace_kv_cache_with_custom_kv_cache(replace_sdpa_with_custom_op(model))
     if kv_dtype == "int8":
         replace_sdpa_with_quantized_sdpa(replace_kv_cache_with_quantized_kv_cache(model))
-    return Tapped(model, tap_layer).eval()
+    return Tapped(model, tap_layer * a.layer_repeats).eval()
 
 
 def trace(model: Tapped, name: str, *, context_length: int) -> torch.export.ExportedProgram:
@@ -180,7 +186,7 @@ def trace(model: Tapped, name: str, *, context_length: int) -> torch.export.Expo
 def constants(a: Architecture, bos: int | None, eos: Sequence[int]) -> dict[str, Any]:
     """What a runner asks a program about its model, by the names of methods."""
     return {
-        "get_n_layers": a.layers,
+        "get_n_layers": a.passes,
         "get_vocab_size": a.vocab_size,
         "get_tap_size": a.hidden_size,
         "get_eos_ids": list(eos),

@@ -103,7 +103,7 @@ def _make(
             )
             traced[name] = official.trace(model, name, context_length=spec.context_length)
     constants = official.constants(spec.architecture, spec.tokenizer.bos, spec.tokenizer.eos)
-    on_stage(f"lowering, about {10 * spec.architecture.layers * len(names)} seconds of one core")
+    on_stage(f"lowering, about {10 * spec.architecture.passes * len(names)} seconds of one core")
     with quiet():
         lowered = official.lower(traced, constants, context_length=spec.context_length)
     on_stage("writing programs")

@@ -57,6 +57,8 @@ class TemplateSpec(Struct, frozen=True, kw_only=True):
     """Everything that shapes a program. Two models with equal ones share a template."""
 
     layers: Count
+    layer_repeats: Count = 1
+    """How often in a row each of them is computed."""
     hidden_size: Count
     heads: Count
     kv_heads: Count
@@ -106,6 +108,7 @@ class TemplateSpec(Struct, frozen=True, kw_only=True):
         a = architecture
         return cls(
             layers=a.layers,
+            layer_repeats=a.layer_repeats,
             hidden_size=a.hidden_size,
             heads=a.heads,
             kv_heads=a.kv_heads,
@@ -130,6 +133,7 @@ class TemplateSpec(Struct, frozen=True, kw_only=True):
         return Architecture(
             model_type="llama",
             layers=self.layers,
+            layer_repeats=self.layer_repeats,
             hidden_size=self.hidden_size,
             heads=self.heads,
             kv_heads=self.kv_heads,

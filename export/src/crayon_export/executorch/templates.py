@@ -51,9 +51,10 @@ class Found(NamedTuple):
         if s is None:
             return f"{self.key}\n  cannot be used: {self.problem}"
         weights = f"int4 in groups of {s.group_size}" if s.group_size else "fp32"
+        layers = f"{s.layers} layers" if s.layer_repeats == 1 else f"{s.layers} layers, each {s.layer_repeats} times,"
         slots = f"adapters of rank {s.adapter.rank}" if s.adapter else "no adapters"
         return (
-            f"{self.key}\n  {s.layers} layers of {s.hidden_size}, vocabulary {s.vocab_size}, {weights}, context {s.context_length}, "
+            f"{self.key}\n  {layers} of {s.hidden_size}, vocabulary {s.vocab_size}, {weights}, context {s.context_length}, "
             f"{slots}; {self.nbytes / 1e3:.0f} kB{', comes with the package' if self.shipped else ''}"
         )
 
