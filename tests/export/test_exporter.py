@@ -181,12 +181,6 @@ def test_the_released_fields_mean_the_same(shared: Path, tmp_path: Path) -> None
     assert ours.file("model.onnx").read_bytes() == theirs.file("model.onnx").read_bytes()
 
 
-def test_shared_layers_are_refused_for_executorch(shared: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match="computed 2 times in a row are not available with the executorch"):
-        export(shared, tmp_path / "bundle", backend=["onnx", "executorch"])
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     "lora",
     [

@@ -41,10 +41,12 @@ def slowly(spec: TemplateSpec, path: Path) -> Template:
     "spec",
     [
         SPEC,
-        msgspec.structs.replace(SPEC, kv_dtype="int8", adapter=None, layers=1, bos=None, tied_embeddings=True),
+        msgspec.structs.replace(
+            SPEC, kv_dtype="int8", adapter=None, layers=1, layer_repeats=2, bos=None, tied_embeddings=True
+        ),
         msgspec.structs.replace(SPEC, group_size=0, adapter=None, layers=1, tap_layer=0),
     ],
-    ids=["slots", "int8 cache", "float32"],
+    ids=["slots", "int8 cache, shared layers", "float32"],
 )
 def test_shortcuts_are_not_seen_in_any_byte(spec: TemplateSpec, tmp_path: Path) -> None:
     needs.module("executorch")

@@ -130,7 +130,9 @@ class FilledProgram:
         self, slots: Sequence[Slot], weights: _Weights, *, group_size: int | None, tied: bool, pool: ThreadPoolExecutor
     ) -> None:
         self._slots = slots
-        self._index = {(slot.tensor, slot.part): i for i, slot in enumerate(slots)}
+        self._indices: dict[tuple[str, str], list[int]] = {}
+        for index, slot in enumerate(slots):
+            self._indices.setdefault((slot.tensor, slot.part), []).append(index)
         self._weights = weights
         self._group_size = group_size
         self._tied = tied
@@ -148,7 +150,7 @@ class FilledProgram:
         return _Matrix(self, f"{module}.weight", rows, width, form)
 
     def vector(self, name: str, values: Floats) -> None:
-        self.write(self.slot(name, "values", values.shape, "fp32"), values)
+        self.write(self.slots(name, "values", values.shape, "fp32"), values)
 
     def adapter(self, adapter: PeftAdapter, module: str) -> tuple[Floats, Floats]:
         a, b = (worth(stored) for stored in stored_adapter(adapter, module, quantize=self.lossy))
@@ -166,25 +168,27 @@ class FilledProgram:
             slot.name: name for slot, name in zip(self._slots, names, strict=True) if slot.layout is None and slot.name
         }
 
-    def slot(self, tensor: str, part: Part, shape: tuple[int, ...], form: str) -> int:
-        """The slot of a part of a tensor.
+    def slots(self, tensor: str, part: Part, shape: tuple[int, ...], form: str) -> list[int]:
+        """The slots of a part of a tensor: one, or where a block is repeated and its norms have other names in each pass, several.
 
         Raises:
             TemplateError: the template has none, or one of another shape or form.
         """
-        index = self._index.get((tensor, part))
-        if index is None:
+        indices = self._indices.get((tensor, part))
+        if indices is None:
             raise TemplateError(f"the template has no place for the {part} of {tensor}", do=_OTHER)
-        slot = self._slots[index]
+        slot = self._slots[indices[0]]
         if (_without_ones(slot.shape), slot.form) != (_without_ones(shape), form):
             raise TemplateError(
                 f"the {part} of {tensor} are {form} {list(shape)}; the template is for {slot.form} {slot.shape}",
                 do=_OTHER,
             )
-        return index
+        return indices
 
-    def write(self, index: int, array: npt.NDArray[np.generic]) -> None:
-        self._weights.write(index, memoryview(np.ascontiguousarray(array)).cast("B"))  # type: ignore[arg-type]
+    def write(self, indices: Sequence[int], array: npt.NDArray[np.generic]) -> None:
+        data = memoryview(np.ascontiguousarray(array)).cast("B")  # type: ignore[arg-type]
+        for index in indices:
+            self._weights.write(index, data)
 
     def in_pieces(self, rows: Floats, form: Affine) -> list[tuple[npt.NDArray[np.uint8], Floats, Floats]]:
         """Packed codes, scales, and what they are worth, of pieces of consecutive rows."""
@@ -210,11 +214,11 @@ class _Matrix:
         self._shape = rows, width
         self._error = Error()
         if form is None:
-            self._values = storage.slot(name, "values", (rows, width), "fp32")
+            self._values = storage.slots(name, "values", (rows, width), "fp32")
             return
         groups = (rows, width // form.group_size) if form.group_size else (rows,)
-        self._values = storage.slot(name, "codes", (rows, width), form.name)
-        self._scales = storage.slot(name, "scales", groups, "bf16" if form.group_size else "fp32")
+        self._values = storage.slots(name, "codes", (rows, width), form.name)
+        self._scales = storage.slots(name, "scales", groups, "bf16" if form.group_size else "fp32")
 
     def add(self, rows: Floats) -> Floats:
         form = self._form
