@@ -52,6 +52,7 @@ def _mobile(folder: Path, **config: Any) -> Path:
     words = tokenizer["model"]["vocab"]
     words |= {f"~{i}": i for i in range(len(words), config["vocab_size"])}
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    programs.answer_in_words(model)
     return model
 
 
@@ -158,7 +159,7 @@ def test_a_block_that_is_computed_twice_is_stored_once(forms: Forms) -> None:
         unsigned = (codes + 8).astype(np.uint8)
         packed = (unsigned[:, 1::2] << 4 | unsigned[:, ::2]).tobytes()
         assert data.count(packed) == 1
-        assert data.count(hashlib.sha256(packed).hexdigest().encode()) == 2, "its own name and that of its scales"
+        assert data.count(hashlib.sha256(packed).hexdigest().encode()) == 1
 
 
 @pytest.mark.parametrize("form", ["switchable", "merged", "single"])
