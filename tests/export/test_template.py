@@ -157,7 +157,7 @@ def test_no_template_at_all(tmp_path: Path) -> None:
 def test_everything_that_shapes_a_program_is_in_the_key() -> None:
     keys = {SPEC.key, WITH_SLOTS.key}
     changes: list[dict[str, Any]] = [
-        {"layers": 2}, {"hidden_size": 96}, {"heads": 4}, {"kv_heads": 2}, {"head_size": 16}, {"ffn_size": 64},
+        {"layers": 2}, {"layer_repeats": 2}, {"hidden_size": 96}, {"heads": 4}, {"kv_heads": 2}, {"head_size": 16}, {"ffn_size": 64},
         {"vocab_size": 321}, {"tied_embeddings": True}, {"norm_eps": 1e-6}, {"group_size": 64}, {"group_size": 0},
         {"context_length": 64}, {"kv_dtype": "int8"}, {"tap_layer": 0}, {"bos": None}, {"eos": [2, 3]}, {"executorch": "1.4.1"},
         {"adapter": AdapterSpec(4, ["q_proj", "v_proj"])}, {"adapter": AdapterSpec(8, ["q_proj"])},
