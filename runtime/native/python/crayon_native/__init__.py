@@ -163,7 +163,8 @@ class _Handle:
     """A pointer that the library frees when this is gone, or closed."""
 
     def __init__(self, what: str, pointer: ctypes.c_void_p, free: Any) -> None:
-        self._what, self._pointer, self._free = what, pointer, free
+        self._what, self._free = what, free
+        self._pointer: ctypes.c_void_p | None = pointer
 
     @property
     def pointer(self) -> ctypes.c_void_p:
@@ -172,7 +173,7 @@ class _Handle:
         return self._pointer
 
     def close(self) -> None:
-        pointer, self._pointer = self._pointer, ctypes.c_void_p()
+        pointer, self._pointer = self._pointer, None  # not a null pointer: when Python ends, ctypes may be gone
         if pointer:
             self._free(pointer)
 
