@@ -20,6 +20,14 @@ namespace {
 // XNNPACK shares the work of more among threads.
 constexpr ssize_t most_elements = 16384;
 
+// Memory for what a part needs while it runs; all parts use the same.
+float* room(size_t number, size_t elements) {
+  thread_local std::vector<std::vector<float>> rooms;
+  if (rooms.size() <= number) rooms.resize(number + 1);
+  if (rooms[number].size() < elements) rooms[number].resize(elements);
+  return rooms[number].data();
+}
+
 class ElementwisePart final : public Part {
  public:
   explicit ElementwisePart(const ElementwiseGraph& graph) : graph_(graph) {
@@ -28,6 +36,10 @@ class ElementwisePart final : public Part {
     }
     for (const ElementwiseNode& node : graph.nodes) {
       nodes_.push_back({node, &values_[node.first], &values_[node.second], &values_[node.output]});
+    }
+    size_t rooms = 0;
+    for (auto& [_, value] : values_) {
+      if (value.argument < 0) value.room = rooms++;
     }
   }
 
@@ -80,7 +92,7 @@ class ElementwisePart final : public Part {
     int argument = -1;  // of the delegate's; -1: it is needed inside only
     const float* data = nullptr;
     Shape shape;
-    std::vector<float> room;
+    size_t room = 0;
   };
   struct Node {
     ElementwiseNode does;
@@ -99,8 +111,7 @@ class ElementwisePart final : public Part {
 
   static Error place(Value& value, const Shape& shape, Span<EValue*> arguments, float*& out) {
     if (value.argument < 0) {
-      value.room.resize(static_cast<size_t>(shape.count()));
-      out = value.room.data();
+      out = room(value.room, static_cast<size_t>(shape.count()));
       return Error::Ok;
     }
     Tensor& tensor = arguments[value.argument]->toTensor();
