@@ -109,7 +109,7 @@ templates: $(READY)
 	@echo 'Making the templates that come with the package …'
 	@rm -rf $(SHIPPED) && mkdir -p $(SHIPPED)
 	@scratch="$$(mktemp -d)" && trap 'rm -rf "$$scratch"' EXIT && \
-		$(BIN)/python -m benchmarks.checkpoints mobilellm-125m "$$scratch" && \
+		$(BIN)/crayon model create mobilellm-125m --vocab-size 32000 --out "$$scratch/mobilellm-125m" && \
 		for model in $(NANO) "$$scratch/mobilellm-125m"; do \
 			XDG_CACHE_HOME="$$scratch" $(BIN)/crayon template export $$model $(SHIPPED) --tokenizer $(NANO) || exit 1; done
 

@@ -2,14 +2,11 @@
 
 Every tensor is a hole in a sparse file but for its first elements, which are random, so that hashes differ. Norms are nearly ones. The
 outputs of such a model mean nothing; how long they take does not depend on them.
-
-`python -m benchmarks.checkpoints NAME FOLDER` writes one as FOLDER/NAME.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,13 +24,11 @@ class Shape(NamedTuple):
     kv_heads: int
     ffn: int
     vocabulary: int = 32000
-    tied: bool = False
 
 
 SHAPES = {
     "llama-7b": Shape(32, 4096, 32, 32, 11008),
     "tinyllama-1.1b": Shape(22, 2048, 32, 4, 5632),
-    "mobilellm-125m": Shape(30, 576, 9, 3, 1536, tied=True),
 }
 _RANDOM_ELEMENTS = 4096
 _SHARD_BYTES = 5_000_000_000
@@ -50,7 +45,7 @@ def sparse_checkpoint(folder: Path, name: str, *, layers: int | None = None, ada
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.hidden,
         "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
-        "intermediate_size": shape.ffn, "vocab_size": shape.vocabulary, "tie_word_embeddings": shape.tied,
+        "intermediate_size": shape.ffn, "vocab_size": shape.vocabulary, "tie_word_embeddings": False,
         "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     architecture = read(config)
@@ -113,7 +108,3 @@ def _write(path: Path, entries: list[tuple[str, tuple[int, ...]]], rng: np.rando
             norm = len(shape) == 1
             values = rng.standard_normal(elements if norm else min(elements, _RANDOM_ELEMENTS)) * 0.02 + norm
             file.write(values.astype(np.float16).tobytes())
-
-
-if __name__ == "__main__":
-    sparse_checkpoint(Path(sys.argv[2]), sys.argv[1])

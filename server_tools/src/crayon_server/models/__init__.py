@@ -136,11 +136,12 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
     """Write a nano model with its tokenizer as a Hugging Face folder."""
     from crayon_server.models import tokenizer
 
-    _save_weights(model, folder)
+    save_weights(model, folder)
     tokenizer.write(tokenizer.learn(), folder)
 
 
-def _save_weights(model: LlamaForCausalLM, folder: Path) -> None:
+def save_weights(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write a model without a tokenizer as a Hugging Face folder."""
     model.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes it for its owner alone
@@ -181,11 +182,11 @@ def create(
         if pretrained and name in shipped:
             shutil.copytree(shipped[name], folder, dirs_exist_ok=True)
         elif tokenizer:
-            _save_weights(_initialize_for(tokenizer, folder, name, seed, vocab_size), folder)
+            save_weights(_initialize_for(tokenizer, folder, name, seed, vocab_size), folder)
         elif name in NANO:
             save(initialize(name, seed), folder)
         else:
-            _save_weights(initialize(name, seed, vocab_size=vocab_size), folder)
+            save_weights(initialize(name, seed, vocab_size=vocab_size), folder)
 
 
 def _initialize_for(tokenizer: Path, folder: Path, name: str, seed: int, vocab_size: int | None) -> LlamaForCausalLM:

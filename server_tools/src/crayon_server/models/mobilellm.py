@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from crayon_runtime.errors import CheckpointError, InvalidInput, UnsupportedModel
 from crayon_runtime.files import atomic_directory
+from crayon_server import models
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -83,12 +84,10 @@ class MobileLLMConfig(LlamaConfig):  # type: ignore[misc]
         """
         if self.layer_repeats > RELEASED_REPEATS:
             raise UnsupportedModel(f"the released code computes a block once or twice, not {self.layer_repeats} times")
-        ours: dict[str, Any] = self.to_diff_dict()
+        ours = self._without_sharing()
         rope = ours.pop("rope_parameters")
         if rope["rope_type"] != "default":
             raise UnsupportedModel(f"the released code has no rotary embedding of type {rope['rope_type']!r}")
-        for field in ("layer_repeats", "kv_sharing"):
-            ours.pop(field)
         return ours | {
             "architectures": ["MobileLLMForCausalLM"],
             "auto_map": {
@@ -110,10 +109,11 @@ class MobileLLMConfig(LlamaConfig):  # type: ignore[misc]
         """
         if self.layer_repeats > 1:
             raise UnsupportedModel(f"LLaMA computes each block once, this model {self.layer_repeats} times")
+        return self._without_sharing() | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+    def _without_sharing(self) -> dict[str, Any]:
         ours: dict[str, Any] = self.to_diff_dict()
-        for field in ("layer_repeats", "kv_sharing"):
-            ours.pop(field)
-        return ours | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        return {field: value for field, value in ours.items() if field not in ("layer_repeats", "kv_sharing")}
 
 
 class SharedDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
@@ -237,8 +237,7 @@ def convert(source: Path, out: Path, layout: str, *, replace: bool = False) -> N
         )
     document = configs[layout](model.config)
     with atomic_directory(out, replace=replace) as folder:
-        model.save_pretrained(folder)
-        (folder / "model.safetensors").chmod(0o644)
+        models.save_weights(model, folder)
         (folder / "config.json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
         for name in TOKENIZER_FILES:
             if (source / name).exists():
