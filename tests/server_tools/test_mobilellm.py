@@ -364,6 +364,8 @@ def test_layouts_that_cannot_be_written(tmp_path: Path) -> None:
         mobilellm.convert(tmp_path / "m", tmp_path / "out", "released")
     with pytest.raises(InvalidInput, match="no layout 'gguf'"):
         mobilellm.convert(tmp_path / "m", tmp_path / "out", "gguf")
+    with pytest.raises(CheckpointError, match="there is no config.json"):
+        mobilellm.convert(tmp_path / "absent", tmp_path / "out", "llama")
     config = json.loads((tmp_path / "m/config.json").read_text())
     (tmp_path / "m/config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     with pytest.raises(CheckpointError, match="model.layers.3"):

@@ -17,6 +17,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from crayon_export import jsonfile
 from crayon_runtime.errors import CheckpointError, InvalidInput, UnsupportedModel
 from crayon_runtime.files import atomic_directory
 from crayon_server import models
@@ -214,7 +215,7 @@ def convert(source: Path, out: Path, layout: str, *, replace: bool = False) -> N
     Raises:
         InvalidInput: there is no such layout.
         UnsupportedModel: the layout has no word for what the model does.
-        CheckpointError: weights are missing or of other shapes.
+        CheckpointError: there is no model folder, or weights are missing or of other shapes.
         OutputError: `out` exists and is not to be replaced, or cannot be written.
     """
     configs = {
@@ -224,6 +225,7 @@ def convert(source: Path, out: Path, layout: str, *, replace: bool = False) -> N
     }
     if layout not in configs:
         raise InvalidInput(f"there is no layout {layout!r}", do=f"choose one of {', '.join(configs)}")
+    jsonfile.read(source / "config.json")  # transformers takes a folder that is not there for a name on the Hub
     try:
         model, loaded = MobileLLMForCausalLM.from_pretrained(
             source, dtype="auto", output_loading_info=True, local_files_only=True
