@@ -22,7 +22,7 @@ from crayon_export.adapters import convert_adapter
 from crayon_export.architecture import linears
 from crayon_export.executorch import programs as official
 from crayon_export.executorch.quiet import quiet
-from crayon_export.executorch.storage import linear_form
+from crayon_export.executorch.storage import PER_ROW, linear_form
 from crayon_export.exporter import export
 from crayon_export.plan import plan
 from crayon_export.tensorfile import read_safetensors
@@ -136,7 +136,7 @@ def test_weights_are_stored_under_the_names_of_the_official_exporter(made: progr
     tensors = read_safetensors(made.model / "model.safetensors").tensors
     modules = {x.module: x.in_features for x in linears(made.bundle.model.architecture)} | {"lm_head": 64}
     for module, width in modules.items():
-        form = linear_form(width, programs.GROUP_SIZE)
+        form = linear_form(width, Affine(4, programs.GROUP_SIZE))
         if form is None:
             assert hashlib.sha256(tensors[f"{module}.weight"].read().tobytes()).hexdigest() in names
             continue
@@ -197,12 +197,12 @@ def test_the_report_says_how_each_layer_is_stored(made: programs.Made) -> None:
 
 @pytest.mark.parametrize(
     "width, group, expected",
-    [(128, 128, 128), (576, 128, 64), (960, 128, 64), (96, 128, 32), (256, 32, 32), (172, 32, None), (64, None, None)],
+    [(128, 128, 128), (576, 128, 64), (960, 128, 64), (96, 128, 32), (256, 32, 32), (172, 32, None)],
 )
-def test_a_group_divides_the_width_or_the_layer_stays_float(
-    width: int, group: int | None, expected: int | None
-) -> None:
-    assert linear_form(width, group) == (Affine(4, expected) if expected else None)
+def test_a_group_divides_the_width_or_the_layer_stays_float(width: int, group: int, expected: int | None) -> None:
+    assert linear_form(width, Affine(4, group)) == (Affine(4, expected) if expected else None)
+    assert linear_form(width, PER_ROW) == linear_form(width, Affine(4, group), tied_head=True) == PER_ROW
+    assert linear_form(width, None) is linear_form(width, None, tied_head=True) is None
 
 
 # The rule of quantization
@@ -315,7 +315,7 @@ def test_a_larger_rank_than_the_slots_is_refused(made: programs.Made, executorch
     "options, says",
     [
         ({"kv_dtype": "fp16"}, "fp16 KV cache"),
-        ({"quantize": "int8"}, "int8 weights"),
+        ({"quantize": "int8", "group_size": 32}, "one scale a row"),
         ({"group_size": 16}, "group size 16"),
         ({"group_size": 256}, "group size 256"),
         ({"backend": ["onnx", "executorch"], "kv_dtype": "int8"}, "int8 KV cache"),
@@ -365,6 +365,8 @@ def test_the_plan_says_what_the_embedding_becomes(tmp_path: Path) -> None:
     assert described["backends"] == ["executorch"]
     assert described["quantization"] == {"weights": "int4", "group_size": 32, "embedding": "int8"}
     assert plan(model, backend=["executorch", "onnx", "onnx"]).backends == ["onnx", "executorch"]
+    by_row = plan(model, backend="executorch", quantize="int8").describe()["quantization"]
+    assert by_row == {"weights": "int8", "group_size": 0, "embedding": "int8"}
 
 
 def test_a_missing_executorch_is_a_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

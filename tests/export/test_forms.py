@@ -61,11 +61,12 @@ def _mobile(folder: Path, **config: Any) -> Path:
     return model
 
 
-MODELS: dict[str, tuple[Callable[[Path], Path], dict[str, int]]] = {
+MODELS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
     "nano": (lambda _: load_nano(), {}),
     "stories260K": (lambda _: needs.reference_model(), {}),
     "mobilellm-125m": (lambda folder: _mobile(folder, **MOBILE_125M), {}),
     "mobilellm-ls": (lambda folder: _mobile(folder, **MOBILE_LS), {"context_length": 256}),
+    "mobilellm-ls-int8": (lambda folder: _mobile(folder, **MOBILE_LS), {"context_length": 256, "quantize": "int8"}),
 }
 """How each is had, and how it is exported. The templates of nano and of MobileLLM-125M come with the package."""
 
@@ -153,16 +154,17 @@ def test_forms_hold_the_same_numbers(forms: Forms) -> None:
     assert np.corrcoef(found["merged"], found["adapter"])[0, 1] > np.corrcoef(found["base"], found["adapter"])[0, 1]
 
 
-@pytest.mark.parametrize("forms", ["mobilellm-ls"], indirect=True)
+@pytest.mark.parametrize("forms", ["mobilellm-ls", "mobilellm-ls-int8"], indirect=True)
 def test_a_block_that_is_computed_twice_is_stored_once(forms: Forms) -> None:
     bundle = forms.switchable
+    four_bits = bundle.model.quantization.weights == "int4"
     assert bundle.model.architecture.passes == 4
     weights = read_safetensors(bundle.path.parent / "model/model.safetensors").tensors
     data = bundle.read("model.ptd")
     for linear in linears(bundle.model.architecture):
-        codes, _ = Affine(4, 32).quantize(weights[f"{linear.module}.weight"].read())
+        codes, _ = (Affine(4, 32) if four_bits else Affine(8, 0)).quantize(weights[f"{linear.module}.weight"].read())
         unsigned = (codes + 8).astype(np.uint8)
-        packed = (unsigned[:, 1::2] << 4 | unsigned[:, ::2]).tobytes()
+        packed = (unsigned[:, 1::2] << 4 | unsigned[:, ::2] if four_bits else codes).tobytes()
         assert data.count(packed) == 1
         assert data.count(hashlib.sha256(packed).hexdigest().encode()) == 1
 

@@ -11,7 +11,9 @@ import pytest
 
 from crayon_export.executorch import making, templates
 from crayon_export.executorch.quiet import quiet
+from crayon_export.executorch.storage import PER_ROW
 from crayon_export.executorch.template import SUFFIX, AdapterSpec, Template, TemplateSpec, read_template
+from crayon_runtime.affine import Affine
 from crayon_runtime.errors import BackendError
 from crayon_runtime.manifest import LINEARS
 from tests.support import ROOT, needs
@@ -19,7 +21,7 @@ from tests.support import ROOT, needs
 # Widths of which no group divides one, and the tap in between.
 SPEC = TemplateSpec(
     layers=2, hidden_size=64, heads=2, kv_heads=1, head_size=40, ffn_size=96, vocab_size=320, tied_embeddings=False, norm_eps=1e-5,
-    group_size=32, context_length=128, kv_dtype="fp32", tap_layer=1, bos=1, eos=[2, 3], adapter=AdapterSpec(4, sorted(LINEARS)),
+    weights=Affine(4, 32), context_length=128, kv_dtype="fp32", tap_layer=1, bos=1, eos=[2, 3], adapter=AdapterSpec(4, sorted(LINEARS)),
 )  # fmt: skip
 
 
@@ -44,9 +46,10 @@ def slowly(spec: TemplateSpec, path: Path) -> Template:
         msgspec.structs.replace(
             SPEC, kv_dtype="int8", adapter=None, layers=1, layer_repeats=2, bos=None, tied_embeddings=True
         ),
-        msgspec.structs.replace(SPEC, group_size=0, adapter=None, layers=1, tap_layer=0),
+        msgspec.structs.replace(SPEC, weights=PER_ROW, adapter=None, layers=1),
+        msgspec.structs.replace(SPEC, weights=None, adapter=None, layers=1, tap_layer=0),
     ],
-    ids=["slots", "int8 cache, shared layers", "float32"],
+    ids=["slots", "int8 cache, shared layers", "int8", "float32"],
 )
 def test_shortcuts_are_not_seen_in_any_byte(spec: TemplateSpec, tmp_path: Path) -> None:
     needs.module("executorch")

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 from crayon_export import cli
 from crayon_export.executorch import making, templates
+from crayon_export.executorch.storage import PER_ROW
 from crayon_export.executorch.template import (
     EXECUTORCH,
     SUFFIX,
@@ -32,13 +33,14 @@ from crayon_export.executorch.template import (
     read_template,
     write_template,
 )
+from crayon_runtime.affine import Affine
 from crayon_runtime.errors import BackendError, InvalidInput, MissingExtra, OutputError, TemplateError
 from crayon_runtime.manifest import LINEARS
 from tests.support import ROOT, needs
 
 SPEC = TemplateSpec(
     layers=1, hidden_size=64, heads=2, kv_heads=1, head_size=32, ffn_size=96, vocab_size=320, tied_embeddings=False, norm_eps=1e-5,
-    group_size=32, context_length=128, kv_dtype="fp32", tap_layer=1, bos=1, eos=[2],
+    weights=Affine(4, 32), context_length=128, kv_dtype="fp32", tap_layer=1, bos=1, eos=[2],
 )  # fmt: skip
 WITH_SLOTS = msgspec.structs.replace(SPEC, adapter=AdapterSpec(8, ["q_proj", "v_proj"]))
 
@@ -158,7 +160,7 @@ def test_everything_that_shapes_a_program_is_in_the_key() -> None:
     keys = {SPEC.key, WITH_SLOTS.key}
     changes: list[dict[str, Any]] = [
         {"layers": 2}, {"layer_repeats": 2}, {"hidden_size": 96}, {"heads": 4}, {"kv_heads": 2}, {"head_size": 16}, {"ffn_size": 64},
-        {"vocab_size": 321}, {"tied_embeddings": True}, {"norm_eps": 1e-6}, {"group_size": 64}, {"group_size": 0},
+        {"vocab_size": 321}, {"tied_embeddings": True}, {"norm_eps": 1e-6}, {"weights": Affine(4, 64)}, {"weights": PER_ROW}, {"weights": None},
         {"context_length": 64}, {"kv_dtype": "int8"}, {"tap_layer": 0}, {"bos": None}, {"eos": [2, 3]}, {"executorch": "1.4.1"},
         {"adapter": AdapterSpec(4, ["q_proj", "v_proj"])}, {"adapter": AdapterSpec(8, ["q_proj"])},
     ]  # fmt: skip
@@ -417,10 +419,18 @@ def test_a_model_is_asked_for_what_its_exports_need(cache: Path, made: list[Temp
     key = _crayon("export", model, tmp_path / "one", *options, "--adapter", adapter)["key"]
     _crayon("export", model, tmp_path / "other", *options, "--slot-rank", "3", "--slot-target", "q_proj")
     _crayon("export", model, tmp_path, "--quantize", "none", "--no-adapter-slots")
-    one, other, plain = made
-    assert (one.group_size, one.context_length, one.kv_dtype, one.tap_layer, one.eos) == (64, 128, "int8", 1, [2])
+    _crayon("export", model, tmp_path, "--quantize", "int8")
+    one, other, plain, by_row = made
+    assert (one.weights, one.context_length, one.kv_dtype, one.tap_layer, one.eos) == (
+        Affine(4, 64),
+        128,
+        "int8",
+        1,
+        [2],
+    )
     assert one.adapter == AdapterSpec(4, sorted(LINEARS))
     assert key == one.key
     assert other == msgspec.structs.replace(one, adapter=AdapterSpec(3, ["q_proj"]))
-    assert (plain.group_size, plain.adapter) == (0, None)
+    assert (plain.weights, plain.adapter) == (None, None)
+    assert by_row.weights == PER_ROW
     assert read_template(tmp_path / f"{plain.key}{SUFFIX}").spec == plain

@@ -128,7 +128,7 @@ def list_(as_json: bool) -> None:
 @template.command("export")
 @click.argument("source", metavar="KEY_OR_MODEL")
 @click.argument("file", type=_FOLDER)
-@click.option("--quantize", type=click.Choice(["int4", "none"]), default="int4", show_default=True)
+@click.option("--quantize", type=click.Choice(["int4", "int8", "none"]), default="int4", show_default=True)
 @click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 or 128.  [default: 32]")
 @click.option("--context-length", type=int, help="As for `crayon export`.")
 @click.option("--kv-dtype", type=click.Choice(["fp32", "int8"]), default="fp32", show_default=True)

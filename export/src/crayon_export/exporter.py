@@ -19,6 +19,7 @@ from crayon_export.adapters import check_base, write_adapter, write_official
 from crayon_export.checkpoint import Fingerprint
 from crayon_export.executorch.filled import Filling
 from crayon_export.executorch.programs import Official, ProgramSpec, check_installed
+from crayon_export.executorch.storage import weights_form
 from crayon_export.executorch.templates import spec_of, template_for
 from crayon_export.golden import Recorded, Recording, golden_files, tolerance
 from crayon_export.onnx.genai import genai_config
@@ -209,10 +210,9 @@ def _program(
     on_stage: Callable[[str], None],
 ) -> Iterator[Filling | Official]:
     """ExecuTorch's program, while its weights are written."""
-    group_size = p.blockwise.group_size if p.blockwise else None
     if p.official:
         spec = ProgramSpec(p.name, p.architecture, info, p.context_length, p.kv_dtype, p.tap_layer, p.single_file)
-        yield Official(spec, p.adapters, scratch, group_size=group_size, pool=pool, on_stage=on_stage)
+        yield Official(spec, p.adapters, scratch, weights=weights_form(p.blockwise), pool=pool, on_stage=on_stage)
         return
     template = template_for(spec_of(p, info), on_stage)
     with writer.place("model.pte" if p.single_file else "model.ptd") as file:

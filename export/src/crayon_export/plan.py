@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from crayon_export import architecture, hub, lora
 from crayon_export.checkpoint import Checkpoint
-from crayon_export.executorch.storage import GROUP_SIZES
+from crayon_export.executorch.storage import GROUP_SIZES, weights_form
 from crayon_export.executorch.template import AdapterSpec
 from crayon_export.golden import TEXTS
 from crayon_export.quantize import Blockwise
@@ -49,8 +49,10 @@ class ExportPlan:
         """The same, with that of the embedding, in the terms of a manifest."""
         if self.blockwise is None:
             return Quantization("none", 0, "fp32")
-        embedding: Literal["fp16", "int8"] = "fp16" if "onnx" in self.backends else "int8"
-        return Quantization("int4" if self.blockwise.bits == 4 else "int8", self.blockwise.group_size, embedding)
+        if "onnx" in self.backends:
+            return Quantization(self.blockwise.name, self.blockwise.group_size, "fp16")
+        form = weights_form(self.blockwise)
+        return Quantization(self.blockwise.name, form.group_size if form else 0, "int8")
 
     @property
     def weight_bytes(self) -> int:
@@ -107,7 +109,7 @@ def plan(
         backend: "onnx", "executorch" or both: whom the bundle shall serve.
         official: have ExecuTorch's own exporter make its program from the weights: a check of the template, which is filled otherwise.
         quantize: "int4", "int8" or "none" (float32).
-        group_size: input columns that share a scale; None: 32.
+        group_size: input columns that share a scale; None: 32. ExecuTorch's int8 has one scale a row.
         context_length: tokens that the KV cache holds; None: what the model was trained on, at most 2048.
         kv_dtype: "fp32"; "fp16" with onnx alone, "int8" with executorch alone.
         adapters: PEFT folders. They travel inside the bundle, or with `merge` (one only) are added into the weights.
@@ -137,6 +139,8 @@ def plan(
             "a rank or targets for slots in a program that has none", do="leave out --slot-rank and --slot-target"
         )
     blockwise = Blockwise.named(quantize, group_size)
+    if group_size is not None and quantize == "int8" and backends == ["executorch"]:
+        raise InvalidInput("int8 weights have one scale a row with the executorch backend", do="leave out --group-size")
     for name in backends:
         _check_formats(name, blockwise, kv_dtype)
 
@@ -201,12 +205,8 @@ def _check_formats(backend: str, blockwise: Blockwise | None, kv_dtype: str) -> 
         raise InvalidInput(
             f"a {kv_dtype} KV cache is not available with the {backend} backend", do=f"use {' or '.join(kv_dtypes)}"
         )
-    if backend != "executorch" or blockwise is None:
+    if backend != "executorch" or blockwise is None or blockwise.bits != 4:
         return
-    if blockwise.bits != 4:
-        raise InvalidInput(
-            f"{blockwise.name} weights are not available with the executorch backend", do="use int4 or none"
-        )
     if blockwise.group_size not in GROUP_SIZES:
         raise InvalidInput(
             f"the group size {blockwise.group_size} is not available with the executorch backend",

@@ -13,7 +13,7 @@ does not fill is padded with zeros.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -66,8 +66,8 @@ class Blockwise(NamedTuple):
         return None if quantize == "none" else cls(BITS[quantize], group_size)
 
     @property
-    def name(self) -> str:
-        return f"int{self.bits}"
+    def name(self) -> Literal["int4", "int8"]:
+        return "int4" if self.bits == 4 else "int8"
 
     def groups(self, width: int) -> int:
         return -(-width // self.group_size)

@@ -97,4 +97,7 @@ class Report:
 
 
 def _quantized(report: Report) -> str:
-    return "float32" if report.quantization == "none" else f"{report.quantization} in groups of {report.group_size}"
+    if report.quantization == "none":
+        return "float32"
+    groups = f"in groups of {report.group_size}" if report.group_size else "by row"
+    return f"{report.quantization} {groups}"

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from crayon_export import architecture as arch
 from crayon_export.architecture import linears
 from crayon_export.executorch.storage import PER_ROW, linear_form, stored_adapter, worth
-from crayon_export.executorch.template import ROTARY, Part, Program, Slot, Template
+from crayon_export.executorch.template import ROTARY, Part, Program, Slot, Template, TemplateSpec
 from crayon_export.lora import PeftAdapter
 from crayon_export.report import TensorReport
 from crayon_export.storage import Error, Matrix, in_pieces
@@ -62,9 +62,7 @@ class Filling:
         program = template.programs["single" if single_file else "model"]
         self._single = SingleFile(file, program) if single_file else None
         weights = self._single or FlatTensorWriter(file, entries(program.slots))
-        group_size = template.spec.group_size or None
-        tied = template.spec.tied_embeddings
-        self.storage = FilledProgram(program.slots, weights, group_size=group_size, tied=tied, pool=pool)
+        self.storage = FilledProgram(program.slots, weights, template.spec, pool=pool)
         self._names: dict[str, str] = {}
 
     def finish(self, architecture: Architecture) -> None:
@@ -97,7 +95,7 @@ class Filling:
         slots = ExecutorchSlots(
             program="adapter-slots.pte",
             rank=spec.adapter.rank,
-            dtype="int8" if spec.group_size else "fp32",
+            dtype="int8" if spec.weights else "fp32",
             layers=spec.layers,
             targets=[SlotTarget(x.name, x.in_features, x.out_features) for x in targets],
         )
@@ -119,34 +117,32 @@ class FilledProgram:
     Args:
         program: of a template.
         weights: what its slots, `slots`, are written to: a `FlatTensorWriter` of `entries`, or a `SingleFile`.
-        group_size: what the template was made for; None: everything is float32.
-        tied: whether the output layer is the embedding.
+        spec: what the template was made for.
         pool: quantizes.
     """
 
     backend = "executorch"
 
     def __init__(
-        self, slots: Sequence[Slot], weights: _Weights, *, group_size: int | None, tied: bool, pool: ThreadPoolExecutor
+        self, slots: Sequence[Slot], weights: _Weights, spec: TemplateSpec, *, pool: ThreadPoolExecutor
     ) -> None:
         self._slots = slots
         self._indices: dict[tuple[str, str], list[int]] = {}
         for index, slot in enumerate(slots):
             self._indices.setdefault((slot.tensor, slot.part), []).append(index)
         self._weights = weights
-        self._group_size = group_size
-        self._tied = tied
+        self._spec = spec
         self._pool = pool
 
     @property
     def lossy(self) -> bool:
-        return self._group_size is not None
+        return self._spec.weights is not None
 
     def embedding(self, name: str, rows: int, width: int) -> Matrix:
         return _Matrix(self, name, rows, width, PER_ROW if self.lossy else None)
 
     def linear(self, module: str, rows: int, width: int) -> Matrix:
-        form = linear_form(width, self._group_size, tied_head=self._tied and module == "lm_head")
+        form = linear_form(width, self._spec.weights, tied_head=self._spec.tied_embeddings and module == "lm_head")
         return _Matrix(self, f"{module}.weight", rows, width, form)
 
     def vector(self, name: str, values: Floats) -> None:

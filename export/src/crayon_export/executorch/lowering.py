@@ -94,8 +94,8 @@ class StandIns:
     def __init__(self, spec: TemplateSpec) -> None:
         self._made: list[tuple[_Array, Slot]] = []
         self._by_marks: dict[tuple[Any, ...], tuple[_Array, Slot]] = {}
-        a, group_size = spec.architecture, spec.group_size or None
-        per_row = PER_ROW if group_size else None
+        a = spec.architecture
+        per_row = PER_ROW if spec.weights else None
         modules = {linear.module for linear in arch.linears(a)} | {"lm_head"}
         shapes = {**dict(arch.tensors(a)), arch.HEAD: (a.vocab_size, a.hidden_size)}
         self.tensors: dict[str, Stored] = {}
@@ -103,7 +103,7 @@ class StandIns:
         for name, shape in shapes.items():
             form = per_row if name == arch.EMBEDDING else None
             if name.removesuffix(".weight") in modules:
-                form = linear_form(shape[-1], group_size, tied_head=spec.tied_embeddings and name == arch.HEAD)
+                form = linear_form(shape[-1], spec.weights, tied_head=spec.tied_embeddings and name == arch.HEAD)
             self.tensors[name] = self._stored(name, shape, form)
         self.adapter: dict[str, tuple[Stored, Stored]] = {}
         """By module, as `official.build` takes it."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from crayon_export.executorch.quiet import quiet
 from crayon_export.executorch.storage import ProgramStorage
 from crayon_export.lora import PeftAdapter
+from crayon_runtime.affine import Affine
 from crayon_runtime.bundle import BundleWriter
 from crayon_runtime.errors import BackendError, MissingExtra
 from crayon_runtime.manifest import Architecture, ExecutorchVariant, ProgramDtype, Tokenizer
@@ -125,7 +126,7 @@ class Official:
     Args:
         adapters: each becomes a program that computes the base and this adapter.
         scratch: for the weights, and for the programs before they are copied.
-        group_size, pool: see `ProgramStorage`.
+        weights, pool: see `ProgramStorage`.
         on_stage: told what comes next.
     """
 
@@ -135,13 +136,13 @@ class Official:
         adapters: Sequence[PeftAdapter],
         scratch: Path,
         *,
-        group_size: int | None,
+        weights: Affine | None,
         pool: ThreadPoolExecutor,
         on_stage: Callable[[str], None],
     ) -> None:
         tied = spec.architecture.tied_embeddings
-        self.storage = ProgramStorage(scratch, group_size=group_size, tied=tied, pool=pool)
-        self.dtype: ProgramDtype = "int8" if group_size else "fp32"
+        self.storage = ProgramStorage(scratch, weights=weights, tied=tied, pool=pool)
+        self.dtype: ProgramDtype = "int8" if weights else "fp32"
         self._spec, self._adapters, self._scratch, self._on_stage = spec, adapters, scratch, on_stage
         self._made: list[ProgramFiles] = []
 

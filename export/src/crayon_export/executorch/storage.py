@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from crayon_export.lora import PeftAdapter
+from crayon_export.quantize import Blockwise
 from crayon_export.report import TensorReport
 from crayon_export.storage import Error, Matrix, in_pieces, scaled
 from crayon_runtime.affine import Affine, Codes
@@ -18,6 +19,13 @@ Floats = npt.NDArray[np.float32]
 
 GROUP_SIZES = (128, 64, 32)
 PER_ROW = Affine(8, 0)
+
+
+def weights_form(blockwise: Blockwise | None) -> Affine | None:
+    """What XNNPACK has for a format of linear layers: int4 in the same groups, int8 by row; None: float32."""
+    if blockwise is None:
+        return None
+    return PER_ROW if blockwise.bits == 8 else Affine(4, blockwise.group_size)
 
 
 class Stored(NamedTuple):
@@ -30,38 +38,42 @@ class Stored(NamedTuple):
     form: Affine | None
 
 
-def linear_form(width: int, group_size: int | None, *, tied_head: bool = False) -> Affine | None:
-    """The format of a linear layer of this width: groups of the size that was asked for, or of the next smaller one that divides it.
+def linear_form(width: int, weights: Affine | None, *, tied_head: bool = False) -> Affine | None:
+    """The format of a linear layer of this width: int8 by row, or groups of the size that was asked for, or of the next smaller one that
+    divides it.
 
     None: float32, because it was asked for, or because no group divides the width. The official exporter leaves in float every layer
     that the size asked for does not divide, and does not say so.
 
     Args:
+        weights: what was asked for, see `weights_form`.
         tied_head: it is the embedding: int8 by row, the same bytes, which a data file holds once.
     """
-    if tied_head:
-        return None if group_size is None else PER_ROW
-    sizes = [size for size in GROUP_SIZES if group_size is not None and size <= group_size and width % size == 0]
+    if weights is None:
+        return None
+    if tied_head or weights == PER_ROW:
+        return PER_ROW
+    sizes = [size for size in GROUP_SIZES if size <= weights.group_size and width % size == 0]
     return Affine(4, sizes[0]) if sizes else None
 
 
 class ProgramStorage:
     """`storage.Storage` in a scratch folder, one file a matrix.
 
-    Linear layers are int4 in groups with activations quantized to int8 while they run ("8da4w"), the embedding is int8 by row, the A
-    and B of adapters int8 by output channel.
+    Linear layers are int4 in groups or int8 by row, with activations quantized to int8 while they run ("8da4w", "8da8w"), the embedding
+    is int8 by row, the A and B of adapters int8 by output channel.
 
     Args:
-        group_size: one of `GROUP_SIZES`; None: everything is float32.
+        weights: the format of linear layers, see `weights_form`; None: everything is float32.
         tied: whether the output layer is the embedding.
         pool: quantizes.
     """
 
     backend = "executorch"
 
-    def __init__(self, folder: Path, *, group_size: int | None, tied: bool, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, folder: Path, *, weights: Affine | None, tied: bool, pool: ThreadPoolExecutor) -> None:
         self._folder = folder
-        self._group_size = group_size
+        self._weights = weights
         self._tied = tied
         self._pool = pool
         self.tensors: dict[str, Stored] = {}
@@ -69,13 +81,13 @@ class ProgramStorage:
 
     @property
     def lossy(self) -> bool:
-        return self._group_size is not None
+        return self._weights is not None
 
     def embedding(self, name: str, rows: int, width: int) -> Matrix:
         return _File(self, name, rows, width, PER_ROW if self.lossy else None)
 
     def linear(self, module: str, rows: int, width: int) -> Matrix:
-        form = linear_form(width, self._group_size, tied_head=self._tied and module == "lm_head")
+        form = linear_form(width, self._weights, tied_head=self._tied and module == "lm_head")
         return _File(self, f"{module}.weight", rows, width, form)
 
     def vector(self, name: str, values: Floats) -> None:

@@ -22,7 +22,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from crayon_export import architecture as arch
-from crayon_export.executorch.storage import GROUP_SIZES
+from crayon_export.executorch.storage import GROUP_SIZES, PER_ROW
+from crayon_runtime.affine import Affine
 from crayon_runtime.errors import TemplateError
 from crayon_runtime.files import atomic_file
 from crayon_runtime.manifest import LINEARS, Architecture, Rope, Tokenizer
@@ -68,8 +69,8 @@ class TemplateSpec(Struct, frozen=True, kw_only=True):
     tied_embeddings: bool
     """Then the output layer is int8 by row, as the embedding: the same bytes."""
     norm_eps: float
-    group_size: int
-    """What was asked for; `storage.linear_form` says what it means for each width. 0: everything is float32."""
+    weights: Affine | None
+    """What was asked for; `storage.linear_form` says what it means for each width. None: everything is float32."""
     context_length: Count
     kv_dtype: Literal["fp32", "int8"]
     tap_layer: Annotated[int, Meta(ge=0)]
@@ -79,8 +80,8 @@ class TemplateSpec(Struct, frozen=True, kw_only=True):
     executorch: str = EXECUTORCH
 
     def __post_init__(self) -> None:
-        if self.group_size not in (0, *GROUP_SIZES):
-            raise ValueError(f"the group size is {self.group_size}")
+        if self.weights not in (None, PER_ROW, *(Affine(4, size) for size in GROUP_SIZES)):
+            raise ValueError(f"the weights are {self.weights}")
         if self.adapter and (
             not self.adapter.targets
             or self.adapter.targets != sorted(set(self.adapter.targets))
@@ -94,7 +95,7 @@ class TemplateSpec(Struct, frozen=True, kw_only=True):
         architecture: Architecture,
         tokenizer: Tokenizer,
         *,
-        group_size: int | None,
+        weights: Affine | None,
         context_length: int,
         kv_dtype: str,
         tap_layer: int,
@@ -103,7 +104,7 @@ class TemplateSpec(Struct, frozen=True, kw_only=True):
         """What a model's template depends on.
 
         Args:
-            group_size: None: everything is float32.
+            weights: None: everything is float32.
         """
         a = architecture
         return cls(
@@ -117,7 +118,7 @@ class TemplateSpec(Struct, frozen=True, kw_only=True):
             vocab_size=a.vocab_size,
             tied_embeddings=a.tied_embeddings,
             norm_eps=a.norm_eps,
-            group_size=group_size or 0,
+            weights=weights,
             context_length=context_length,
             kv_dtype=kv_dtype,  # type: ignore[arg-type]
             tap_layer=tap_layer,

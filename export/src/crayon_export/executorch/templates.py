@@ -16,8 +16,10 @@ import msgspec
 
 from crayon_export import tokenizer as source_tokenizer
 from crayon_export.executorch.making import make_in_process
+from crayon_export.executorch.storage import weights_form
 from crayon_export.executorch.template import SUFFIX, Template, TemplateSpec, read_template, write_template
 from crayon_export.plan import ExportPlan, plan
+from crayon_runtime.affine import Affine
 from crayon_runtime.errors import CrayonError, InvalidInput, OutputError, TemplateError
 from crayon_runtime.manifest import Tokenizer
 
@@ -50,13 +52,19 @@ class Found(NamedTuple):
         s = self.spec
         if s is None:
             return f"{self.key}\n  cannot be used: {self.problem}"
-        weights = f"int4 in groups of {s.group_size}" if s.group_size else "fp32"
+        weights = _described(s.weights)
         layers = f"{s.layers} layers" if s.layer_repeats == 1 else f"{s.layers} layers, each {s.layer_repeats} times,"
         slots = f"adapters of rank {s.adapter.rank}" if s.adapter else "no adapters"
         return (
             f"{self.key}\n  {layers} of {s.hidden_size}, vocabulary {s.vocab_size}, {weights}, context {s.context_length}, "
             f"{slots}; {self.nbytes / 1e3:.0f} kB{', comes with the package' if self.shipped else ''}"
         )
+
+
+def _described(weights: Affine | None) -> str:
+    if weights is None:
+        return "fp32"
+    return f"{weights.name} in groups of {weights.group_size}" if weights.group_size else f"{weights.name} by row"
 
 
 def cache_folder() -> Path:
@@ -135,7 +143,7 @@ def spec_of(p: ExportPlan, tokenizer: Tokenizer | None = None) -> TemplateSpec:
     return TemplateSpec.of(
         p.architecture,
         tokenizer,
-        group_size=p.blockwise.group_size if p.blockwise else None,
+        weights=weights_form(p.blockwise),
         context_length=p.context_length,
         kv_dtype=p.kv_dtype,
         tap_layer=p.tap_layer,
