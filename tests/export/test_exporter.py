@@ -243,6 +243,55 @@ def test_golden_logits_are_those_of_transformers_with_the_dequantized_weights(
             assert max(case.kl_to_float) > 0
 
 
+@pytest.mark.parametrize(
+    "quantize, group_size, form",
+    [
+        ("int4", 32, Blockwise(8, 32)),
+        ("int4", 128, Blockwise(8, 64)),
+        ("int8", 64, Blockwise(8, 64)),
+        ("none", None, None),
+    ],
+)
+def test_an_embedding_that_is_the_head_is_stored_once(
+    quantize: str, group_size: int | None, form: Blockwise | None, tmp_path: Path
+) -> None:
+    torch = needs.module("torch")
+    folder = tiny_tokenizer(tiny_llama(tmp_path / "model", tie_word_embeddings=True))
+    done = export(folder, tmp_path / "bundle", quantize=quantize, group_size=group_size)
+    judge = _transformers(folder)
+    embedding = judge.get_input_embeddings().weight.detach()
+    source = embedding.numpy().copy()
+    whole = source if form is None else form.quantize(source).codes
+    assert done.bundle.read("model.onnx.data").count(whole.tobytes()) == 1
+    stored = {t.name: (t.stored_as, t.group_size, t.bytes) for t in done.report.tensors}
+    name, size, nbytes = ("int8", form.group_size, form.nbytes(*source.shape)) if form else ("fp32", 0, source.nbytes)
+    assert stored["model.embed_tokens.weight"] == (name, size, nbytes)
+    assert stored["lm_head.weight"] == (name, size, 0)
+    if form is not None:
+        assert done.bundle.model.quantization.embedding == "int8"
+        blockwise = Blockwise.named(quantize, group_size)
+        assert blockwise
+        embedding.copy_(torch.from_numpy(form.dequantize(form.quantize(source), source.shape[1])))
+        for weight in (w.detach() for n, w in judge.named_parameters() if "proj" in n):
+            w = weight.numpy()
+            weight.copy_(torch.from_numpy(blockwise.dequantize(blockwise.quantize(w), w.shape[1])))
+    cases, arrays = golden.read(done.bundle)
+    for case in cases.cases:
+        with torch.no_grad():
+            out = judge(torch.tensor(case.ids)[None])
+        _assert_close(arrays[f"{case.name}.logits"], out.logits[0, case.steps].numpy())
+    assert all(r.passed for r in golden.replay(done.bundle))
+
+
+def test_an_embedding_whose_width_no_group_divides_is_stored_apart_from_the_head(tmp_path: Path) -> None:
+    folder = tiny_tokenizer(tiny_llama(tmp_path / "model", hidden_size=72, head_dim=32, tie_word_embeddings=True))
+    done = export(folder, tmp_path / "bundle")
+    stored = {t.name: t.stored_as for t in done.report.tensors}
+    assert (stored["model.embed_tokens.weight"], stored["lm_head.weight"]) == ("fp16", "int4")
+    assert done.bundle.model.quantization.embedding == "fp16"
+    assert all(r.passed for r in golden.replay(done.bundle))
+
+
 @pytest.mark.parametrize("quantize", ["int4", "int8", "none"])
 @pytest.mark.parametrize("kv_dtype", ["fp32", "fp16"])
 def test_the_backend_replays_the_golden_cases(

@@ -180,12 +180,16 @@ def _read(model: str | Path, context_length: int | None, revision: str | None, t
 
 
 def weight_bytes(a: Architecture, blockwise: Blockwise | None) -> tuple[int, int]:
-    """Bytes of the embedding table, and of what each token reads; a tied head is stored beside the table."""
-    matrices = [(x.out_features, x.in_features) for x in arch.linears(a)] + [(a.vocab_size, a.hidden_size)]
+    """Bytes of an embedding table that is not the output layer, too, and of what each token reads."""
     norms = 4 * (2 * a.layers + 1) * a.hidden_size
+    layers = [(x.out_features, x.in_features) for x in arch.linears(a)]
+    head = a.vocab_size, a.hidden_size
     if blockwise is None:
-        return 4 * a.vocab_size * a.hidden_size, norms + 4 * sum(rows * width for rows, width in matrices)
-    return 2 * a.vocab_size * a.hidden_size, norms + sum(blockwise.nbytes(rows, width) for rows, width in matrices)
+        read = norms + 4 * sum(rows * width for rows, width in [*layers, head])
+        return (0 if a.tied_embeddings else 4 * head[0] * head[1]), read
+    shared = blockwise.shared(a.hidden_size) if a.tied_embeddings else None
+    read = norms + sum(blockwise.nbytes(*shape) for shape in layers) + (shared or blockwise).nbytes(*head)
+    return (0 if shared else 2 * head[0] * head[1]), read
 
 
 def _activations(a: Architecture) -> int:

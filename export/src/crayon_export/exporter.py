@@ -114,7 +114,9 @@ def run(
             storages: dict[str, Storage] = {}
             if "onnx" in p.backends:
                 data = ExternalData(files.enter_context(writer.open("model.onnx.data")), "model.onnx.data")
-                storages["onnx"] = OnnxStorage(data, blockwise=p.blockwise, embedding=q.embedding, pool=pool)
+                storages["onnx"] = OnnxStorage(
+                    data, blockwise=p.blockwise, embedding=q.embedding, tied=a.tied_embeddings, pool=pool
+                )
             if "executorch" in p.backends:
                 program = files.enter_context(_program(p, info, writer, scratch, pool, on_stage or (lambda _: None)))
                 storages["executorch"] = program.storage

@@ -50,7 +50,9 @@ class ExportPlan:
         if self.blockwise is None:
             return Quantization("none", 0, "fp32")
         if "onnx" in self.backends:
-            return Quantization(self.blockwise.name, self.blockwise.group_size, "fp16")
+            a = self.architecture
+            shared = a.tied_embeddings and self.blockwise.shared(a.hidden_size)
+            return Quantization(self.blockwise.name, self.blockwise.group_size, "int8" if shared else "fp16")
         form = weights_form(self.blockwise)
         return Quantization(self.blockwise.name, form.group_size if form else 0, "int8")
 

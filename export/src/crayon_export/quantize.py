@@ -65,6 +65,14 @@ class Blockwise(NamedTuple):
             raise InvalidInput(f"the group size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}")
         return None if quantize == "none" else cls(BITS[quantize], group_size)
 
+    def shared(self, width: int) -> Blockwise | None:
+        """The format of an embedding that is the output layer, too: int8, in the largest groups up to these that divide the width.
+
+        ONNX Runtime looks rows up in whole groups only. None: no group divides the width.
+        """
+        sizes = [size for size in GROUP_SIZES if size <= self.group_size and width % size == 0]
+        return Blockwise(8, sizes[-1]) if sizes else None
+
     @property
     def name(self) -> Literal["int4", "int8"]:
         return "int4" if self.bits == 4 else "int8"

@@ -35,6 +35,7 @@ _MS = "com.microsoft"
 _FLOAT = TensorProto.FLOAT
 # MatMulNBits: 4 lets the kernels quantize the activations to int8, which is what makes it fast on a CPU.
 _ACCURACY_LEVEL = 4
+_EMBEDDING = "model.embed_tokens"
 
 
 class _Pass(NamedTuple):
@@ -88,7 +89,7 @@ class LlamaGraph:
         kv_dtype: element type of the cache, "fp32" or "fp16".
         slots: the linear layers, as "q_proj", that take an adapter.
         tap_layer: index into transformers' `hidden_states`, which counts blocks, not their passes.
-        embedding: how the embedding table is stored, "fp32" or "fp16".
+        embedding: how the embedding table is stored, "fp32" or "fp16"; "int8": see `OnnxStorage`.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class LlamaGraph:
         self._kv_type = {"fp32": _FLOAT, "fp16": TensorProto.FLOAT16}[kv_dtype]
         self._slots = frozenset(slots)
         self._tap_layer = tap_layer
+        self._shared = weights.shared(architecture.hidden_size) if weights and embedding == "int8" else None
         self._linears = {x.module: x for x in linears(architecture)}
         self._g = _Graph()
 
@@ -126,7 +128,7 @@ class LlamaGraph:
             _Pass(f"model.layers.{slot // a.layer_repeats}", slot, _suffix(slot % a.layer_repeats))
             for slot in range(a.passes)
         ]
-        residual = self._embed()
+        residual = self._embed(data)
         self._tap(0, residual)
         hidden = g(
             "SimplifiedLayerNormalization",
@@ -154,7 +156,10 @@ class LlamaGraph:
             if not unfinished:
                 self._tap(blocks, hidden if following is None else residual)
         last_token = g("Gather", [hidden, g.constant("index.last", [-1])], "model.norm/last", axis=1)
-        self._linear("lm_head", last_token, a.vocab_size, a.hidden_size, "logits")
+        if a.tied_embeddings and self._embedding != "fp16":
+            self._product(_EMBEDDING, last_token, a.vocab_size, a.hidden_size, "logits", self._shared)
+        else:
+            self._linear("lm_head", last_token, a.vocab_size, a.hidden_size, "logits")
 
         graph = helper.make_graph(
             g.nodes, a.model_type, g.inputs, g.outputs, [*g.constants.values(), *data.initializers]
@@ -185,9 +190,22 @@ class LlamaGraph:
         """GroupQueryAttention rotates only heads whose size 16 divides (ONNX Runtime 1.31: "head_size must be a multiple of 16")."""
         return self._a.head_size % 16 == 0
 
-    def _embed(self) -> str:
-        g = self._g
-        name = "model.embed_tokens"
+    def _embed(self, data: ExternalData) -> str:
+        g, name, shared = self._g, _EMBEDDING, self._shared
+        if shared is not None:
+            # The output layer has its codes in groups, the lookup in rows.
+            codes, rows = f"{name}.weight_codes", f"{name}.weight_rows"
+            data.view(rows, codes, (self._a.vocab_size, self._a.hidden_size))
+            return g(
+                "GatherBlockQuantized",
+                [rows, "input_ids", f"{name}.weight_scales"],
+                name,
+                domain=_MS,
+                bits=shared.bits,
+                block_size=shared.group_size,
+                gather_axis=0,
+                quantize_axis=1,
+            )
         if self._embedding == "fp32":
             return g("Gather", [f"{name}.weight", "input_ids"], name)
         return g("Cast", [g("Gather", [f"{name}.weight", "input_ids"], f"{name}/fp16")], name, to=_FLOAT)
@@ -217,22 +235,7 @@ class LlamaGraph:
     def _linear(self, module: str, x: str, rows: int, width: int, node: str) -> str:
         """W x in a node of that name, plus the adapter's part where the module has a slot."""
         g, slot = self._g, module.rpartition(".")[2] in self._slots
-        base = f"{node}/base" if slot else node
-        if self._weights is None:
-            # The weight stays [out, in] as in the checkpoint, so that it can be streamed by rows.
-            g("FusedMatMul", [x, f"{module}.weight"], base, domain=_MS, transB=1)
-        else:
-            g(
-                "MatMulNBits",
-                [x, f"{module}.weight_codes", f"{module}.weight_scales"],
-                base,
-                domain=_MS,
-                K=width,
-                N=rows,
-                bits=self._weights.bits,
-                block_size=self._weights.group_size,
-                accuracy_level=_ACCURACY_LEVEL,
-            )
+        base = self._product(module, x, rows, width, f"{node}/base" if slot else node, self._weights)
         if not slot:
             return base
         a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
@@ -244,6 +247,23 @@ class LlamaGraph:
             g.constant(b, np.zeros((0, rows)), np.float32)
         delta = g("MatMul", [g("MatMul", [x, a], f"{node}/lora_A"), b], f"{node}/lora_B")
         return g("Add", [base, delta], node)
+
+    def _product(self, module: str, x: str, rows: int, width: int, node: str, weights: Blockwise | None) -> str:
+        """W x with the weight of a module, in a node of that name."""
+        if weights is None:
+            # The weight stays [out, in] as in the checkpoint, so that it can be streamed by rows.
+            return self._g("FusedMatMul", [x, f"{module}.weight"], node, domain=_MS, transB=1)
+        return self._g(
+            "MatMulNBits",
+            [x, f"{module}.weight_codes", f"{module}.weight_scales"],
+            node,
+            domain=_MS,
+            K=width,
+            N=rows,
+            bits=weights.bits,
+            block_size=weights.group_size,
+            accuracy_level=_ACCURACY_LEVEL,
+        )
 
     def _module(self, at: _Pass, module: str, x: str) -> str:
         linear = self._linears[f"{at.block}.{module}"]

@@ -24,18 +24,20 @@ class OnnxStorage:
 
     Args:
         blockwise: the format of the linear layers; None: float32.
-        embedding: "fp32" or "fp16".
+        embedding: "fp32" or "fp16"; "int8": it is the output layer, too, and both read the same bytes.
+        tied: whether the output layer is the embedding.
         pool: quantizes.
     """
 
     backend = "onnx"
 
     def __init__(
-        self, data: ExternalData, *, blockwise: Blockwise | None, embedding: str, pool: ThreadPoolExecutor
+        self, data: ExternalData, *, blockwise: Blockwise | None, embedding: str, tied: bool, pool: ThreadPoolExecutor
     ) -> None:
         self._data = data
         self._blockwise = blockwise
         self._embedding = embedding
+        self._tied = tied
         self._pool = pool
 
     @property
@@ -43,12 +45,20 @@ class OnnxStorage:
         return self._blockwise is not None or self._embedding != "fp32"
 
     def embedding(self, name: str, rows: int, width: int) -> Matrix:
-        return _Plain(self._data, name, rows, width, self._embedding)
+        form = self._shared(width)
+        if form is None:
+            return _Plain(self._data, name, rows, width, self._embedding)
+        return _Quantized(self._data, name, rows, width, form, self._pool)
 
     def linear(self, module: str, rows: int, width: int) -> Matrix:
+        if module == "lm_head" and self._tied and self._embedding != "fp16":
+            return _Again(f"{module}.weight", self._shared(width), self._pool)
         if self._blockwise is None:
             return _Plain(self._data, f"{module}.weight", rows, width, "fp32")
         return _Quantized(self._data, f"{module}.weight", rows, width, self._blockwise, self._pool)
+
+    def _shared(self, width: int) -> Blockwise | None:
+        return self._blockwise.shared(width) if self._blockwise and self._embedding == "int8" else None
 
     def vector(self, name: str, values: Floats) -> None:
         self._data.add(name, values)
@@ -90,7 +100,7 @@ class _Quantized:
     def __init__(
         self, data: ExternalData, name: str, rows: int, width: int, blockwise: Blockwise, pool: ThreadPoolExecutor
     ) -> None:
-        self._data, self._name, self._width = data, name, width
+        self._data, self._name = data, name
         self._blockwise, self._pool = blockwise, pool
         self._nbytes = blockwise.nbytes(rows, width)
         codes = (rows, blockwise.groups(width), blockwise.group_size * blockwise.bits // 8)
@@ -99,7 +109,7 @@ class _Quantized:
         self._error = Error()
 
     def add(self, rows: Floats) -> Floats:
-        pieces = in_pieces(self._pool, self._quantize, rows)
+        pieces = _quantized(rows, self._blockwise, self._pool)
         self._codes.write(np.concatenate([q.codes for q, _ in pieces]))
         self._scales += [q.scales for q, _ in pieces]
         worth = np.concatenate([w for _, w in pieces])
@@ -111,6 +121,35 @@ class _Quantized:
         self._data.add(f"{self._name}_scales", np.concatenate(self._scales))
         return self._error.report("onnx", self._name, self._blockwise.name, self._blockwise.group_size, self._nbytes)
 
-    def _quantize(self, rows: Floats) -> tuple[Quantized, Floats]:
-        q = self._blockwise.quantize(rows)
-        return q, self._blockwise.dequantize(q, self._width)
+
+class _Again:
+    """What is stored already: the embedding, as the output layer.
+
+    Args:
+        blockwise: its format; None: float32.
+    """
+
+    def __init__(self, name: str, blockwise: Blockwise | None, pool: ThreadPoolExecutor) -> None:
+        self._name, self._blockwise, self._pool = name, blockwise, pool
+        self._error = Error()
+
+    def add(self, rows: Floats) -> Floats:
+        if self._blockwise is None:
+            return rows
+        worth = np.concatenate([w for _, w in _quantized(rows, self._blockwise, self._pool)])
+        self._error.add(rows, worth)
+        return worth
+
+    def close(self) -> TensorReport:
+        name, size = (self._blockwise.name, self._blockwise.group_size) if self._blockwise else ("fp32", 0)
+        return self._error.report("onnx", self._name, name, size, 0)
+
+
+def _quantized(rows: Floats, blockwise: Blockwise, pool: ThreadPoolExecutor) -> list[tuple[Quantized, Floats]]:
+    """Pieces of consecutive rows: as they are stored, and what that is worth."""
+
+    def one(piece: Floats) -> tuple[Quantized, Floats]:
+        q = blockwise.quantize(piece)
+        return q, blockwise.dequantize(q, piece.shape[1])
+
+    return in_pieces(pool, one, rows)

@@ -41,6 +41,14 @@ class ExternalData:
         tensor.write(array)
         tensor.close()
 
+    def view(self, name: str, of: str, shape: tuple[int, ...]) -> None:
+        """A further name for the bytes of a tensor, in another shape."""
+        (source,) = (tensor for tensor in self.initializers if tensor.name == of)
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(source)
+        tensor.name, tensor.dims[:] = name, shape
+        self.initializers.append(tensor)
+
     def open(self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> OpenTensor:
         """Begin to append a tensor; the next one begins when this one is closed."""
         nbytes = np.dtype(dtype).itemsize * int(np.prod(shape))
