@@ -29,6 +29,7 @@ NAMES = (
     "llama7b",
     "pte",
     "native",
+    "mobilellm",
 )
 
 

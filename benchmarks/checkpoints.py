@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -16,38 +16,31 @@ from safetensors.numpy import save_file
 from crayon_export.architecture import linears, read, tensors
 from crayon_runtime.manifest import Architecture
 
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-7b": {
+        "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": 11008,
+    },
+    "tinyllama-1.1b": {
+        "num_hidden_layers": 22, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 5632,
+    },
+}  # fmt: skip
+"""Of models that `crayon_server.models` has no configuration of."""
 
-class Shape(NamedTuple):
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocabulary: int = 32000
-
-
-SHAPES = {
-    "llama-7b": Shape(32, 4096, 32, 32, 11008),
-    "tinyllama-1.1b": Shape(22, 2048, 32, 4, 5632),
-}
 _RANDOM_ELEMENTS = 4096
 _SHARD_BYTES = 5_000_000_000
 
 
 def sparse_checkpoint(folder: Path, name: str, *, layers: int | None = None, adapter_rank: int = 16) -> Path:
-    """Write a float16 checkpoint, and a dense PEFT adapter for all linears under `adapter/`. Returns the folder."""
-    shape = SHAPES[name]
-    shape = shape._replace(layers=layers or shape.layers)
+    """Write a float16 checkpoint, and a dense PEFT adapter for all linears under `adapter/`. Returns the folder.
+
+    Args:
+        name: of `SHAPES`, or of `crayon_server.models.ARCHITECTURES`.
+    """
     path = folder / (name if layers is None else f"{name}-{layers}-layers")
     if (path / "config.json").exists():
         return path
     path.mkdir(parents=True)
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
-        "intermediate_size": shape.ffn, "vocab_size": shape.vocabulary, "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+    config = _config(name) | ({"num_hidden_layers": layers} if layers else {})
     architecture = read(config)
     rng = np.random.default_rng(0)
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
@@ -68,6 +61,17 @@ def sparse_checkpoint(folder: Path, name: str, *, layers: int | None = None, ada
     random_adapter(path / "adapter", architecture, adapter_rank)
     (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+def _config(name: str) -> dict[str, Any]:
+    if name not in SHAPES:
+        from crayon_server import models
+
+        return models.config(name).to_dict()
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, **SHAPES[name],
+    }  # fmt: skip
 
 
 def random_adapter(path: Path, architecture: Architecture, rank: int) -> Path:

@@ -183,7 +183,7 @@ class _Load(NamedTuple):
 
 def _against_peers(work: Path, group_size: int) -> Iterator[Row]:
     kl = _kl(work, group_size)
-    nbytes = _bytes_per_token(executorch(work, group_size=group_size))
+    nbytes = bytes_per_token(executorch(work, group_size=group_size))
     loaders = _loaders(work, group_size)
     with Busy() as busy:
         loads = [_measure(loaders, i, busy, nbytes) for i in range(LOADS)]
@@ -219,14 +219,14 @@ def _measure(loaders: Mapping[str, Callable[[], Runner]], load: int, busy: Busy,
             runner = loaders[name]()
             stack.callback(runner.close)
             sequences[name] = runner.sequence()
-            sequences[name].prefill(_ids(POSITIONS[0]))
+            sequences[name].prefill(random_ids(POSITIONS[0]))
         bandwidths = [read_bandwidth(nbytes, THREADS)]
-        decodes = {name: _decoding(sequences[name], POSITIONS[0]) for name in names}
+        decodes = {name: decoding(sequences[name], POSITIONS[0]) for name in names}
         decode = interleaved(decodes, ROUNDS, pause=PAUSE)
         bandwidths.append(read_bandwidth(nbytes, THREADS))
         alone, beside, taken = _beside(decodes, busy)
         prefill = {
-            length: interleaved({name: _prefilling(sequences[name], length) for name in names}, 2, pause=PAUSE)
+            length: interleaved({name: prefilling(sequences[name], length) for name in names}, 2, pause=PAUSE)
             for length in PROMPTS
         }
         bandwidths.append(read_bandwidth(nbytes, THREADS))
@@ -279,7 +279,7 @@ def _ahead(
     return Row(what, "> 1", f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}); {told}", ratio > 1)
 
 
-def _decoding(sequence: Sequence, position: int) -> Callable[[], None]:
+def decoding(sequence: Sequence, position: int) -> Callable[[], None]:
     """Greedy tokens from a position on, which the sequence must have reached."""
 
     def call() -> None:
@@ -291,8 +291,8 @@ def _decoding(sequence: Sequence, position: int) -> Callable[[], None]:
     return call
 
 
-def _prefilling(sequence: Sequence, length: int) -> Callable[[], None]:
-    ids = _ids(length)
+def prefilling(sequence: Sequence, length: int) -> Callable[[], None]:
+    ids = random_ids(length)
 
     def call() -> None:
         sequence.rewind(0)
@@ -301,7 +301,7 @@ def _prefilling(sequence: Sequence, length: int) -> Callable[[], None]:
     return call
 
 
-def _ids(count: int) -> Ids:
+def random_ids(count: int) -> Ids:
     return np.random.default_rng(count).integers(3, 32000, count)
 
 
@@ -311,7 +311,7 @@ def _seconds(call: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def _bytes_per_token(bundle: Path) -> int:
+def bytes_per_token(bundle: Path) -> int:
     """Bytes of weights that ExecuTorch reads for one token: all linear layers and the head; of the embedding, one row."""
     report = json.loads((bundle / "report.json").read_bytes())
     stored = [t for t in report["tensors"] if t["backend"] == "executorch" and t["name"] != EMBEDDING]
@@ -379,8 +379,8 @@ def _positions(work: Path) -> Iterator[Row]:
                 stack.callback(runner.close)
                 for position in POSITIONS:
                     sequence = runner.sequence()
-                    sequence.prefill(_ids(position))
-                    calls[f"{kv} {position}"] = _decoding(sequence, position)
+                    sequence.prefill(random_ids(position))
+                    calls[f"{kv} {position}"] = decoding(sequence, position)
             loads.append(interleaved(calls, ROUNDS))
     near, far = POSITIONS[0], POSITIONS[-1]
     for kv, reach in (("fp32", None), ("int8", 0.85)):
@@ -408,8 +408,8 @@ def _adapter(work: Path) -> Iterator[Row]:
         calls = {}
         for adapter in (None, name)[:: 1 if load % 2 else -1]:
             sequence = runner.sequence(adapter)
-            sequence.prefill(_ids(POSITIONS[0]))
-            calls[adapter or "base"] = _decoding(sequence, POSITIONS[0])
+            sequence.prefill(random_ids(POSITIONS[0]))
+            calls[adapter or "base"] = decoding(sequence, POSITIONS[0])
         loads.append(interleaved(calls, ROUNDS))
         runner.close()
     ratios = [speed_ratio(seconds, name, "base") for seconds in loads]
@@ -470,7 +470,7 @@ def _process(work: Path) -> Iterator[Row]:
     )
     command = [sys.executable, "-m", "crayon_runtime", "run", str(bundle), "set an alarm", "--backend", "executorch"]
     command += ["--threads", str(THREADS), "--max-new-tokens", "16", "--json"]
-    most, whole, said = _beyond(command, (bundle,))
+    most, whole, said = beyond(command, (bundle,))
     answer, a = json.loads(said), Bundle.open(bundle).model.architecture
     positions = answer["prompt_tokens"] + answer["generated_tokens"]
     cache = positions * a.passes * 2 * a.kv_heads * a.head_size * 4
@@ -482,14 +482,14 @@ def _process(work: Path) -> Iterator[Row]:
     )
 
 
-def _beyond(command: list[str], weights: tuple[Path, ...]) -> tuple[int, int, str]:
+def beyond(command: list[str], weights: tuple[Path, ...]) -> tuple[int, int, str]:
     """The most resident bytes that a process has at once outside mappings of files in these folders, those of all its memory, and what
     it printed."""
     roots = tuple(str(path.resolve()) for path in weights)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     most = whole = 0
     while process.poll() is None:
-        mapped = list(_mappings(process.pid))
+        mapped = list(mappings(process.pid))
         most = max(most, sum(size for path, size in mapped if not path.startswith(roots)))
         whole = max(whole, sum(size for _, size in mapped))
         time.sleep(0.005)
@@ -499,7 +499,7 @@ def _beyond(command: list[str], weights: tuple[Path, ...]) -> tuple[int, int, st
     return most, whole, said
 
 
-def _mappings(pid: int) -> Iterator[tuple[str, int]]:
+def mappings(pid: int) -> Iterator[tuple[str, int]]:
     """Path and resident bytes of each mapping of a process; nothing of one that has just ended."""
     path = ""
     try:
