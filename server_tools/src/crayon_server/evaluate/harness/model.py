@@ -43,7 +43,9 @@ _SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 """Generation arguments that are passed on under their own names."""
 
 
-def load(bundle: str | Path, *, backend: str = "auto", adapter: str | None = None, threads: int | None = None) -> Engine:
+def load(
+    bundle: str | Path, *, backend: str = "auto", adapter: str | None = None, threads: int | None = None
+) -> Engine:
     """An engine that gives the scores after every token, where its backend can.
 
     Args:
@@ -124,7 +126,7 @@ class CrayonLM(TemplateLM):  # type: ignore[misc]
         scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return scored
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
         """Of each (text,): the natural logarithm of its probability, in windows of the context length."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
@@ -134,18 +136,21 @@ class CrayonLM(TemplateLM):  # type: ignore[misc]
             for window in map(make_disjoint_window, found):
                 windows.append((None, *window))
                 owners.append(owner)
-        scores = [score for score, _ in self._loglikelihood_tokens(windows)]
-        sums = np.bincount(owners, scores, minlength=len(requests)).tolist()
+        sums = [0.0] * len(requests)
+        for owner, (score, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            sums[owner] += score
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
         """Answer each (context, generation arguments)."""
         wanted = [self._prompt(context, arguments) for context, arguments in (r.args for r in requests)]
         answers = [""] * len(requests)
         with self._progress("answering", len(requests), unit="prompts") as done:
-            for i in sorted(range(len(requests)), key=lambda i: wanted[i][0]):  # one after the other, of what have most in common
+            for i in sorted(
+                range(len(requests)), key=lambda i: wanted[i][0]
+            ):  # one after the other, of what have most in common
                 ids, stops, options = wanted[i]
                 generation = self.engine.generate(ids, stop=stops, session=self._session, **options)
                 text = self.engine.tokenizer.decode(generation.token_ids)
@@ -206,7 +211,7 @@ class CrayonLM(TemplateLM):  # type: ignore[misc]
         options["temperature"] = given.pop("temperature", 1.0) if sampled else 0.0
         options |= {name: given.pop(name) for name in _SAMPLING if name in given}
         if sampled:  # the harness seeds NumPy
-            options["seed"] = int(np.random.randint(2**31))  # noqa: NPY002
+            options["seed"] = int(np.random.randint(2**31))
         given.pop("temperature", None)
         if given:
             raise InvalidInput(
