@@ -191,9 +191,7 @@ def with_adapters(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_rows_are_the_logits_of_each_step(with_adapters: Bundle, name: str | None) -> None:
     ids = np.random.default_rng(0).integers(3, 320, 40)
     stepwise, whole = OnnxBackend.load(with_adapters, threads=1), RowsBackend.load(with_adapters, threads=1)
-    one, other = (
-        b.new_cache(b.read_adapter(with_adapters.adapter(name)) if name else None) for b in (stepwise, whole)
-    )
+    one, other = (b.new_cache(b.read_adapter(with_adapters.adapter(name)) if name else None) for b in (stepwise, whole))
     expected = rows(one, ids, 0)
     np.testing.assert_allclose(rows(other, ids[:30], 7), expected[7:30], atol=1e-4)
     np.testing.assert_allclose(rows(other, ids[30:], 0), expected[30:], atol=1e-4)

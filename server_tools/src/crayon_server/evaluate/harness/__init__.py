@@ -59,6 +59,8 @@ def run(
     Raises:
         InvalidInput: there is no such task, or its data cannot be used; and the errors of `Engine.load`.
     """
+    if not tasks:
+        raise InvalidInput("no task is named", where="tasks", do="name one or more, such as piqa or api_calling")
     if data is not None and not data.exists():
         raise InvalidInput("there is no data", where=data, do="check --data")
     with _quiet():
