@@ -70,7 +70,7 @@ def _times(work: Path) -> Iterator[Row]:
         create("mobilellm-125m", model, vocab_size=32000)
     bundle = work / "evaluation-125m.bundle"
     if not bundle.exists():
-        export(model, bundle, backend=("onnx", "executorch"), tokenizer=tokenizer(), context_length=512)
+        export(model, bundle, backend=("onnx", "executorch"), tokenizer=tokenizer())
     asked = _requests("loglikelihood", [choice for question in _questions() for choice in question])
     for backend in ("onnx", "executorch"):
         seconds, computed = {}, {}

@@ -103,7 +103,7 @@ def read_call(text: str) -> Call | None:
 
 def _intent(call: Call | None) -> str | None:
     """The function, whatever the convention calls it."""
-    return call and (meaning(call.function) or call.function)
+    return None if call is None else meaning(call.function) or call.function
 
 
 def _split(completion: str) -> tuple[str, str]:

@@ -181,7 +181,9 @@ class CrayonLM(TemplateLM):  # type: ignore[misc]
         self.engine.close()
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: object
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        **options: object,  # noqa: ARG002, those of the harness's own models
     ) -> list[tuple[float, bool]]:
         """Of each (cache key, context, continuation), in tokens."""
         texts = [self._text(context, continuation) for _, context, continuation in requests]
