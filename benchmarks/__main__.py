@@ -15,6 +15,7 @@ from benchmarks.table import Row, machine, render
 
 NAMES = (
     "parity",
+    "evaluation",
     "groups",
     "decode",
     "startup",

@@ -99,9 +99,9 @@ DEVICE_SERVER = "runtime/src/crayon_runtime/server"
         ("runtime", ["grammar"]),
         (DEVICE_SERVER, ["serve"]),
         ("export", ["export", "pte", "pth"]),
-        ("server_tools", ["export", "serve", "server"]),
-        ("tests", ["export", "grammar", "pte", "pth", "serve", "server", "dev"]),
-        ("benchmarks", ["export", "grammar", "pth", "serve", "server", "dev", "bench"]),
+        ("server_tools", ["eval", "export", "serve", "server"]),
+        ("tests", ["eval", "export", "grammar", "pte", "pth", "serve", "server", "dev"]),
+        ("benchmarks", ["eval", "export", "grammar", "pth", "serve", "server", "dev", "bench"]),
     ],
 )
 def test_what_is_imported_is_declared(folder: str, extras: list[str]) -> None:

@@ -114,14 +114,8 @@ class Tokenizer:
         Raises:
             InvalidInput: there is no template, or it refuses these messages.
         """
-        if self._template is None:
-            raise InvalidInput(
-                "this bundle has no chat template",
-                do="give the prompt as text, or export from a model whose tokenizer_config.json has a chat_template",
-            )
-        check_messages(messages)
         marked, marked_tools = self._control.mark(messages), self._control.mark(tools)
-        text = self._template.render(marked, tools=marked_tools, add_generation_prompt=add_generation_prompt)
+        text = self.render_chat(marked, tools=marked_tools, add_generation_prompt=add_generation_prompt)
         if marked == list(messages) and marked_tools == (
             tools and list(tools)
         ):  # nothing imitates anything: the library knows best how to split
@@ -130,6 +124,26 @@ class Tokenizer:
         for piece, is_token in self._control.split(text):
             ids += [self._control_ids[piece]] if is_token else self.encode(piece, add_bos=False)
         return ids
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The text of a conversation as the template writes it, in which nothing tells its control tokens from a message's text.
+
+        Raises:
+            InvalidInput: as `apply_chat_template`, which is for text of others.
+        """
+        if self._template is None:
+            raise InvalidInput(
+                "this bundle has no chat template",
+                do="give the prompt as text, or export from a model whose tokenizer_config.json has a chat_template",
+            )
+        check_messages(messages)
+        return self._template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
 
     def token_bytes(self, token: int, *, first: bool = False) -> bytes:
         """The UTF-8 bytes that a token stands for; at the start of a text (`first`) some tokenizers drop a space."""

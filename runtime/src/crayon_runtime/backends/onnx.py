@@ -63,7 +63,13 @@ class OnnxBackend:
             )
         if bundle.model.kv_dtype not in _KV_TYPES:
             raise BackendError(f"ONNX Runtime cannot keep a {bundle.model.kv_dtype} KV cache here", where=bundle.path)
-        return cls(_session(bundle.file(variant.model), threads), bundle)
+        model = bundle.file(variant.model)
+        return cls(_session(model, cls.graph(model), threads), bundle)
+
+    @staticmethod
+    def graph(model: Path) -> bytes | None:  # noqa: ARG004
+        """Another graph over the weights of `model`, for a subclass that wants more of it; None: the model as it is."""
+        return None
 
     def read_adapter(self, bundle: Bundle) -> OnnxAdapter:
         """Read an adapter bundle; its tensors stay in memory until the adapter is dropped."""
@@ -236,7 +242,7 @@ class OnnxCache:
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def _session(model: Path, threads: int | None) -> Any:
+def _session(model: Path, graph: bytes | None, threads: int | None) -> Any:
     try:
         import onnxruntime as ort
     except ImportError as e:
@@ -246,8 +252,9 @@ def _session(model: Path, threads: int | None) -> Any:
     options.intra_op_num_threads = threads or 0
     # Shapes change with every token: a memory plan per shape would be made once, never used again, and kept.
     options.enable_mem_pattern = False
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
     try:
-        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(graph or str(model), options, providers=["CPUExecutionProvider"])
     except Exception as e:
         raise BackendError(
             f"ONNX Runtime {ort.__version__} refuses the model: {e}",
