@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from crayon_export.architecture import EMBEDDING, linears
+from crayon_export.calibration import CalibrationStream
 from crayon_export.checkpoint import Checkpoint, Fingerprint
 from crayon_export.lora import PeftAdapter
 from crayon_export.report import TensorReport
+from crayon_export.rounding import Rounding, nearest
 from crayon_export.storage import Matrix, Storage, scaled
 from crayon_runtime.manifest import Architecture
 
@@ -23,13 +25,16 @@ class WrittenWeights:
     block that is repeated stay in memory until its last pass.
 
     The streams of the reference are the variants (the base, then each adapter) with float weights and, for each storage that is
-    lossy, the same variants again with the weights as that one holds them.
+    lossy, the same variants again with the weights as that one holds them. Calibration texts go through beside them, each as the base
+    of a lossy storage computes them.
 
     Args:
         fingerprint: sees the bytes of every source tensor.
         storages: one for each backend.
         adapters: kept beside the weights; each is one variant.
         merged: added into the weights before they are quantized: W + scale B A.
+        rounding: of the linear layers.
+        calibration: token ids, int64 [T_i] each; where there are some, linear layers are rounded by GPTQ.
         on_bytes: told the bytes of float32 weight that were handled.
     """
 
@@ -42,6 +47,8 @@ class WrittenWeights:
         *,
         adapters: Sequence[PeftAdapter],
         merged: PeftAdapter | None,
+        rounding: Rounding = nearest,
+        calibration: Sequence[Ids] = (),
         on_bytes: Callable[[int], None],
     ) -> None:
         self._checkpoint = checkpoint
@@ -51,6 +58,10 @@ class WrittenWeights:
         self._lossy = [storage for storage in storages if storage.lossy]
         self._variants: list[PeftAdapter | None] = [None, *adapters]
         self._merged = merged
+        self._rounding = rounding
+        self._calibration = calibration
+        self._calibrated: list[CalibrationStream] = []
+        """Of each lossy storage, where there are calibration texts."""
         self._on_bytes = on_bytes
         self._linears = {x.module: x for x in linears(architecture)}
         self._vectors: dict[str, Floats] = {}
@@ -65,6 +76,8 @@ class WrittenWeights:
 
     def embed(self, ids: Ids) -> Floats:
         a = self._a
+        golden = len(ids)
+        ids = np.concatenate([ids, *self._calibration])
         families = np.zeros((1 + len(self._lossy), len(ids), a.hidden_size), np.float32)
         matrices = [storage.embedding(EMBEDDING, a.vocab_size, a.hidden_size) for storage in self._storages]
         for start, rows in self._rows(EMBEDDING):
@@ -72,7 +85,10 @@ class WrittenWeights:
             for family, worth in enumerate(self._pushed(rows, matrices)):
                 families[family, here] = worth[ids[here] - start]
         self.reports += [matrix.close() for matrix in matrices]
-        return np.repeat(families, len(self._variants), axis=0)
+        if self._calibration:
+            streams = [family[golden:].copy() for family in families[1:]]
+            self._calibrated = [CalibrationStream(a, self.vector, self._calibration, x) for x in streams]
+        return np.repeat(families[:, :golden], len(self._variants), axis=0)
 
     def vector(self, name: str) -> Floats:
         if name in self._vectors:
@@ -89,6 +105,10 @@ class WrittenWeights:
         for start, chunk in self._chunks(module, rows, x.shape[-1]):
             for family, worth in zip(families, chunk, strict=True):
                 y[family, :, start : start + len(worth)] = _product(x[family], worth)
+            for texts, worth in zip(self._calibrated, chunk[1:], strict=False):
+                texts.multiply(worth)
+        for texts in self._calibrated:
+            texts.advance()
         for variant, adapter in enumerate(self._variants):
             if adapter is not None and module in adapter.targets:
                 pairs = [scaled(adapter, module), *(storage.adapter(adapter, module) for storage in self._lossy)]
@@ -106,14 +126,21 @@ class WrittenWeights:
         repeated = linear is not None and self._a.layer_repeats > 1
         if linear is None or any(self._linears[kept].layer != linear.layer for kept in self._block):
             self._block.clear()
-        matrices = [storage.linear(module, rows, width) for storage in self._storages]
+        calibrated = dict(zip(self._lossy, self._calibrated, strict=False))
+        roundings = [calibrated.get(storage, self._rounding) for storage in self._storages]
+        matrices = [
+            storage.linear(module, rows, width, rounding)
+            for storage, rounding in zip(self._storages, roundings, strict=True)
+        ]
         kept = []
         for start, weights in self._weights(module):
             chunk = self._pushed(weights, matrices)
             yield start, chunk
             if repeated:
                 kept.append((start, chunk))
-        self.reports += [matrix.close() for matrix in matrices]
+        for storage, matrix in zip(self._storages, matrices, strict=True):
+            report = matrix.close()
+            self.reports.append(calibrated[storage].complete(report) if storage in calibrated else report)
         if repeated:
             self._block[module] = kept
 

@@ -11,6 +11,7 @@ from crayon_export.lora import PeftAdapter
 from crayon_export.onnx.tensors import ExternalData
 from crayon_export.quantize import Blockwise, Quantized
 from crayon_export.report import TensorReport
+from crayon_export.rounding import Rounding
 from crayon_export.storage import Error, Matrix, in_pieces, scaled
 from crayon_runtime.errors import UnsupportedModel
 
@@ -45,10 +46,10 @@ class OnnxStorage:
     def embedding(self, name: str, rows: int, width: int) -> Matrix:
         return _Plain(self._data, name, rows, width, self._embedding)
 
-    def linear(self, module: str, rows: int, width: int) -> Matrix:
+    def linear(self, module: str, rows: int, width: int, rounding: Rounding) -> Matrix:
         if self._blockwise is None:
             return _Plain(self._data, f"{module}.weight", rows, width, "fp32")
-        return _Quantized(self._data, f"{module}.weight", rows, width, self._blockwise, self._pool)
+        return _Quantized(self._data, f"{module}.weight", rows, width, self._blockwise, rounding, self._pool)
 
     def vector(self, name: str, values: Floats) -> None:
         self._data.add(name, values)
@@ -88,10 +89,17 @@ class _Quantized:
     """Codes, then the scales of all rows."""
 
     def __init__(
-        self, data: ExternalData, name: str, rows: int, width: int, blockwise: Blockwise, pool: ThreadPoolExecutor
+        self,
+        data: ExternalData,
+        name: str,
+        rows: int,
+        width: int,
+        blockwise: Blockwise,
+        rounding: Rounding,
+        pool: ThreadPoolExecutor,
     ) -> None:
         self._data, self._name, self._width = data, name, width
-        self._blockwise, self._pool = blockwise, pool
+        self._blockwise, self._rounding, self._pool = blockwise, rounding, pool
         self._nbytes = blockwise.nbytes(rows, width)
         codes = (rows, blockwise.groups(width), blockwise.group_size * blockwise.bits // 8)
         self._codes = data.open(f"{name}_codes", np.uint8, codes)
@@ -99,7 +107,7 @@ class _Quantized:
         self._error = Error()
 
     def add(self, rows: Floats) -> Floats:
-        pieces = in_pieces(self._pool, self._quantize, rows)
+        pieces = in_pieces(self._pool, self._quantize, *self._rounding(self._blockwise, rows))
         self._codes.write(np.concatenate([q.codes for q, _ in pieces]))
         self._scales += [q.scales for q, _ in pieces]
         worth = np.concatenate([w for _, w in pieces])
@@ -111,6 +119,6 @@ class _Quantized:
         self._data.add(f"{self._name}_scales", np.concatenate(self._scales))
         return self._error.report("onnx", self._name, self._blockwise.name, self._blockwise.group_size, self._nbytes)
 
-    def _quantize(self, rows: Floats) -> tuple[Quantized, Floats]:
-        q = self._blockwise.quantize(rows)
+    def _quantize(self, rows: Floats, scales: Floats | None) -> tuple[Quantized, Floats]:
+        q = self._blockwise.quantize(rows, scales)
         return q, self._blockwise.dequantize(q, self._width)
