@@ -9,8 +9,9 @@ algorithm; Chen et al. 2025, arXiv:2507.18553) without an inverse, so float32 do
 
     W_b + (W - Q)_before R_before,b R_bb^-1           then within the block as in the paper, whose factor of H^-1 has the block R_bb^-1
 
-The scale of a group is found when its first column is due, from the updated weights, as in the paper's code; the order of columns stays
-as it is, for a group is a run of columns in both backends. A column that is always zero is rounded to nearest.
+The scale of a group is found when its first column is due, from the updated weights, as in the paper's code, and has their least squared
+error (AutoGPTQ's `mse`, off by default there: without it, the KL of stories260K and nano to the float model is larger by 4 to 12 %). The
+order of columns stays as it is, for a group is a run of columns in both backends. A column that is always zero is rounded to nearest.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from crayon_export.rounding import Form
+from crayon_export.rounding import Form, least_squares_scales
 from crayon_runtime.errors import CheckpointError
 
 Floats = npt.NDArray[np.float32]
@@ -96,7 +97,7 @@ def compensate(form: Form, weights: Floats, factor: Factor) -> Compensated:
     difference = np.zeros_like(targets)
     scales = np.zeros((n, -(-width // group)), np.float32)
     if not form.group_size:
-        scales[:, 0] = form.stored(form.scales(weights))
+        scales[:, 0] = least_squares_scales(form, weights)
     loss = 0.0  # tr(D (H + damping I) D^T), D = W - Q
     step = max(_BLOCK, form.group_size)
     for start in range(0, width, step):
@@ -110,7 +111,7 @@ def compensate(form: Form, weights: Floats, factor: Factor) -> Compensated:
         for first in range(0, stop - start, _FEW):
             few = slice(first, min(first + _FEW, stop - start))
             if form.group_size and (start + first) % group == 0:
-                scales[:, (start + first) // group] = form.stored(form.scales(block[first : first + group].T))
+                scales[:, (start + first) // group] = least_squares_scales(form, block[first : first + group].T)
             scale = np.ascontiguousarray(scales[:, (start + first) // group])
             for j in range(few.start, few.stop):
                 quantized = form.fake_quantize(block[j], scale)

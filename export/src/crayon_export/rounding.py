@@ -73,10 +73,10 @@ def least_squares_scales(form: Form, groups: Floats) -> Floats:
     """Of the scales that are tried, those with the least squared error of what the backend computes with.
 
     Args:
-        groups: float32 [n, groups, size].
+        groups: float32 [..., size].
 
     Returns:
-        float32 [n, groups], as they are stored; of equally good ones that nearest to the format's own.
+        float32 [...], as they are stored; of equally good ones that nearest to the format's own.
     """
     own = form.scales(groups)
     best = own
@@ -85,7 +85,7 @@ def least_squares_scales(form: Form, groups: Floats) -> Floats:
         scales = form.stored(own * factor)
         error = form.fake_quantize(groups, scales[..., None])
         error -= groups
-        squares = np.einsum("ngi,ngi->ng", error, error)
+        squares = np.einsum("...i,...i->...", error, error)
         better = squares < least
         best, least = np.where(better, scales, best), np.where(better, squares, least)
     return best
