@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from crayon_export.architecture import linears
 from crayon_export.gptq import Factor, compensate, factor, hessian
-from crayon_export.reference import steps
+from crayon_export.reference import last_norm, passes
 from crayon_export.report import TensorReport
 from crayon_export.rounding import Form
 from crayon_runtime.errors import InvalidInput
@@ -123,19 +123,39 @@ class CalibrationStream:
     """
 
     def __init__(self, a: Architecture, vector: Callable[[str], Floats], texts: Sequence[Ids], x: Floats) -> None:
+        self._a, self._vector, self._texts, self._x = a, vector, texts, x[None]
         self._sizes = {x.module: x.out_features for x in linears(a)}
-        every = np.arange(len(x), dtype=np.int64)
-        self._steps = steps(a, vector, x[None], texts, positions=every, tap_layer=0)
         self._factor: tuple[Floats, Factor] | None = None
+        self._later: dict[str, tuple[Floats, float]] = {}
+        self._steps = self._through()
         self._arrive(next(self._steps))
 
     def __call__(self, form: Form, rows: Floats) -> tuple[Floats, Floats | None]:
         if self._factor is None or self._factor[0] is not self._inputs:  # layers with the same inputs share it
             self._factor = None  # its memory, before that of the next
-            self._factor = self._inputs, factor(hessian(self._inputs[0]))
+            h = hessian(self._inputs[0])
+            if self._module in self._later:
+                h += self._later[self._module][0]
+            self._factor = self._inputs, factor(h)
         compensated = compensate(form, rows, self._factor[1])
         self._error += compensated.output_error
         return compensated.targets, compensated.scales
+
+    def rehearse(self, layer: int, weights: Mapping[str, Floats]) -> None:
+        """Find the inputs of a block's later passes, which count as those of the first: before it, with its float weights by module."""
+        self._later.clear()
+        run, first = passes(self._a, self._vector, layer, self._x, self._texts), set[str]()
+        try:
+            module, inputs = next(run)
+            while True:
+                y = inputs @ weights[module].T
+                if module in first:
+                    h, squares = self._later.get(module, (np.float32(0), 0.0))
+                    self._later[module] = h + hessian(inputs[0]), squares + float(np.vdot(y, y))
+                first.add(module)
+                module, inputs = run.send(y)
+        except StopIteration:
+            pass
 
     def multiply(self, rows: Floats) -> None:
         """Compute with the next rows of the layer, float32 [n, in], as they are stored."""
@@ -147,17 +167,23 @@ class CalibrationStream:
 
     def complete(self, report: TensorReport) -> TensorReport:
         """The report of the layer, with the error of its outputs if it was rounded here."""
-        if not self._error or not self._squares:
+        squares = self._squares + self._later.get(self._module, (None, 0.0))[1]
+        if not self._error or not squares:
             return report
-        return replace(report, output_error=(self._error / self._squares) ** 0.5)
+        return replace(report, output_error=(self._error / squares) ** 0.5)
 
     def advance(self) -> None:
         """Go on to the next linear layer, with the outputs of this one; after the head there is none."""
         if self._outputs.size:
             self._arrive(self._steps.send(self._outputs))
 
+    def _through(self) -> Generator[tuple[str, Floats], Floats, None]:
+        for layer in range(self._a.layers):
+            self._x = yield from passes(self._a, self._vector, layer, self._x, self._texts)
+        yield "lm_head", last_norm(self._a, self._vector, self._x)
+
     def _arrive(self, step: tuple[str, Floats]) -> None:
-        module, self._inputs = step
-        self._outputs = np.empty((1, self._inputs.shape[1], self._sizes.get(module, 0)), np.float32)
+        self._module, self._inputs = step
+        self._outputs = np.empty((1, self._inputs.shape[1], self._sizes.get(self._module, 0)), np.float32)
         self._done = 0
         self._error = self._squares = 0.0

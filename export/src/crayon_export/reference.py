@@ -86,17 +86,31 @@ def steps(
         vector: as in `Weights`.
         x: the embeddings, float32 [streams, T, hidden].
     """
+    tapped = x
+    for layer in range(a.layers):
+        x = yield from passes(a, vector, layer, x, sequences)
+        if layer < tap_layer:
+            tapped = x
+    x = last_norm(a, vector, x)
+    logits = yield "lm_head", x[:, positions]
+    return Outputs(logits, tapped=x if tap_layer == a.layers else tapped)
+
+
+def passes(
+    a: Architecture, vector: Callable[[str], Floats], layer: int, x: Floats, sequences: Sequence[Ids]
+) -> Generator[tuple[str, Floats], Floats, Floats]:
+    """One block, as often as it is computed, in the manner of `steps`: from hidden states float32 [streams, T, hidden] to the next."""
     ends = np.cumsum([len(s) for s in sequences])
     spans = [slice(int(end) - len(s), int(end)) for s, end in zip(sequences, ends, strict=True)]
     tables = rotary_tables(a, max(len(s) for s in sequences))
-    tapped = x
-    for index in range(a.passes):
-        x = yield from _block(a, vector, f"model.layers.{index // a.layer_repeats}", x, spans, tables)
-        if index < tap_layer * a.layer_repeats:
-            tapped = x
-    x = _rms_norm(x, vector("model.norm.weight"), a.norm_eps)
-    logits = yield "lm_head", x[:, positions]
-    return Outputs(logits, tapped=x if tap_layer == a.layers else tapped)
+    for _ in range(a.layer_repeats):
+        x = yield from _block(a, vector, f"model.layers.{layer}", x, spans, tables)
+    return x
+
+
+def last_norm(a: Architecture, vector: Callable[[str], Floats], x: Floats) -> Floats:
+    """What the head is given, float32 [streams, T, hidden]."""
+    return _rms_norm(x, vector("model.norm.weight"), a.norm_eps)
 
 
 def _block(

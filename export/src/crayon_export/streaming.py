@@ -60,13 +60,15 @@ class WrittenWeights:
         self._merged = merged
         self._rounding = rounding
         self._calibration = calibration
-        self._calibrated: list[CalibrationStream] = []
+        self._calibrated: dict[Storage, CalibrationStream] = {}
         """Of each lossy storage, where there are calibration texts."""
         self._on_bytes = on_bytes
         self._linears = {x.module: x for x in linears(architecture)}
         self._vectors: dict[str, Floats] = {}
         self._block: dict[str, list[tuple[int, list[Floats]]]] = {}
         """What `_pushed` returned for each chunk of the linear layers of one block, by module."""
+        self._ahead: dict[str, list[tuple[int, Floats]]] = {}
+        """The float weights of a block that were read before their turn."""
         self.reports: list[TensorReport] = []
 
     def streams(self, storage: Storage | None = None) -> slice:
@@ -86,8 +88,10 @@ class WrittenWeights:
                 families[family, here] = worth[ids[here] - start]
         self.reports += [matrix.close() for matrix in matrices]
         if self._calibration:
-            streams = [family[golden:].copy() for family in families[1:]]
-            self._calibrated = [CalibrationStream(a, self.vector, self._calibration, x) for x in streams]
+            self._calibrated = {
+                storage: CalibrationStream(a, self.vector, self._calibration, x[golden:].copy())
+                for storage, x in zip(self._lossy, families[1:], strict=True)
+            }
         return np.repeat(families[:, :golden], len(self._variants), axis=0)
 
     def vector(self, name: str) -> Floats:
@@ -105,9 +109,9 @@ class WrittenWeights:
         for start, chunk in self._chunks(module, rows, x.shape[-1]):
             for family, worth in zip(families, chunk, strict=True):
                 y[family, :, start : start + len(worth)] = _product(x[family], worth)
-            for texts, worth in zip(self._calibrated, chunk[1:], strict=False):
+            for texts, worth in zip(self._calibrated.values(), chunk[1:], strict=False):
                 texts.multiply(worth)
-        for texts in self._calibrated:
+        for texts in self._calibrated.values():
             texts.advance()
         for variant, adapter in enumerate(self._variants):
             if adapter is not None and module in adapter.targets:
@@ -126,11 +130,11 @@ class WrittenWeights:
         repeated = linear is not None and self._a.layer_repeats > 1
         if linear is None or any(self._linears[kept].layer != linear.layer for kept in self._block):
             self._block.clear()
-        calibrated = dict(zip(self._lossy, self._calibrated, strict=False))
-        roundings = [calibrated.get(storage, self._rounding) for storage in self._storages]
+        if repeated and self._calibrated and not self._block:
+            self._rehearse(self._linears[module].layer)
         matrices = [
-            storage.linear(module, rows, width, rounding)
-            for storage, rounding in zip(self._storages, roundings, strict=True)
+            storage.linear(module, rows, width, self._calibrated.get(storage, self._rounding))
+            for storage in self._storages
         ]
         kept = []
         for start, weights in self._weights(module):
@@ -140,9 +144,17 @@ class WrittenWeights:
                 kept.append((start, chunk))
         for storage, matrix in zip(self._storages, matrices, strict=True):
             report = matrix.close()
-            self.reports.append(calibrated[storage].complete(report) if storage in calibrated else report)
+            self.reports.append(self._calibrated[storage].complete(report) if storage in self._calibrated else report)
         if repeated:
             self._block[module] = kept
+
+    def _rehearse(self, layer: int) -> None:
+        """Read a block that is repeated, and show the calibration texts what its later passes will be like."""
+        modules = [module for module, linear in self._linears.items() if linear.layer == layer]
+        self._ahead = {module: list(self._weights(module)) for module in modules}
+        whole = {module: np.concatenate([rows for _, rows in chunks]) for module, chunks in self._ahead.items()}
+        for texts in self._calibrated.values():
+            texts.rehearse(layer, whole)
 
     def _pushed(self, rows: Floats, matrices: Sequence[Matrix]) -> list[Floats]:
         """Rows, stored everywhere: themselves, and what each lossy storage makes of them."""
@@ -151,6 +163,9 @@ class WrittenWeights:
 
     def _weights(self, module: str) -> Iterator[tuple[int, Floats]]:
         """The float weights of a linear layer by rows, with the merged adapter added."""
+        if module in self._ahead:
+            yield from self._ahead.pop(module)
+            return
         tied = module == "lm_head" and self._a.tied_embeddings
         name = "model.embed_tokens.weight" if tied else f"{module}.weight"
         merged = self._merged if self._merged is not None and module in self._merged.targets else None
