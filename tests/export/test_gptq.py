@@ -61,7 +61,7 @@ def test_the_codes_are_those_of_optimal_brain_quantization(form: Blockwise | Aff
     worth = _worth(form, found.targets, found.scales)
     # Where float32 rounds a weight to the other side, all that follow in its row compensate another error.
     same = (np.abs(worth - expected) <= 1e-4 * np.abs(expected).max()).all(axis=1)
-    assert same.mean() >= (0.95 if form.bits == 4 else 0.6), same.mean()
+    assert same.mean() >= 0.95
     ours, theirs = (np.linalg.norm(inputs @ (weights - w).T) for w in (worth, expected))
     assert ours == pytest.approx(theirs, rel=0.01)
 
@@ -82,7 +82,7 @@ def test_rows_may_come_in_chunks() -> None:
     form, factored = Blockwise(4, 32), factor(hessian(inputs))
     whole = compensate(form, weights, factored)
     parts = [compensate(form, weights[i : i + 20], factored) for i in range(0, 64, 20)]
-    codes, scales = form.quantize(np.concatenate([p.targets for p in parts]), np.concatenate([p.scales for p in parts]))
+    codes, _ = form.quantize(np.concatenate([p.targets for p in parts]), np.concatenate([p.scales for p in parts]))
     same = (codes == form.quantize(whole.targets, whole.scales).codes).all(axis=(1, 2))
     assert same.mean() >= 0.95
     assert sum(p.output_error for p in parts) == pytest.approx(whole.output_error, rel=0.01)
