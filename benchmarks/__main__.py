@@ -16,6 +16,7 @@ from benchmarks.table import Row, machine, render
 NAMES = (
     "parity",
     "groups",
+    "rounding",
     "decode",
     "startup",
     "constrained",
