@@ -17,6 +17,7 @@ NAMES = (
     "parity",
     "evaluation",
     "groups",
+    "rounding",
     "decode",
     "startup",
     "constrained",

@@ -305,6 +305,53 @@ def test_the_backend_replays_the_golden_cases(
     assert max(r.logit_error for r in results) < results[0].tolerance.logits / 2
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    file.write_text("Once upon a time there was a robot, who set an alarm for 7:30 and bought milk. " * 60)
+    return file
+
+
+@pytest.mark.parametrize("rounding, quantize", [("mse", "int4"), ("mse", "int8"), ("gptq", "int4"), ("gptq", "int8")])
+def test_golden_cases_are_those_of_the_codes_however_they_were_found(
+    model: Path, adapter: Path, texts: Path, rounding: str, quantize: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"quantize": quantize, "adapters": [adapter]}
+    calibration = texts if rounding == "gptq" else None
+    done = export(model, tmp_path / "bundle", rounding=rounding, calibration=calibration, **options)
+    nearest = export(model, tmp_path / "nearest", **options)
+    assert done.bundle.read("model.onnx.data") != nearest.bundle.read("model.onnx.data")
+    results = golden.replay(done.bundle)
+    assert all(r.passed for r in results), results
+    assert max(r.logit_error for r in results) < results[0].tolerance.logits / 2
+    assert done.report.rounding == rounding
+    assert rounding.upper() in done.report.to_text()
+    for tensor in done.report.tensors[1:]:
+        assert (tensor.output_error is not None) == (rounding == "gptq"), tensor
+        assert tensor.output_error is None or 0 < tensor.output_error < tensor.relative_error, tensor
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rounding": "up"}, "the rounding is 'up'"),
+        ({"rounding": "mse", "quantize": "none"}, "--rounding mse with float32 weights"),
+        ({"rounding": "gptq", "quantize": "none"}, "--rounding gptq with float32 weights"),
+        ({"rounding": "gptq"}, "GPTQ needs texts"),
+        ({"calibration": "texts.txt"}, "--rounding nearest uses no calibration texts"),
+        ({"rounding": "gptq", "calibration": "no.txt"}, "cannot be read"),
+        ({"rounding": "gptq", "calibration": "no.txt", "calibration_tokens": 9}, "9 calibration tokens are too few"),
+    ],
+)
+def test_roundings_that_cannot_be_are_refused(
+    model: Path, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidInput, match=message) as error:
+        export(model, tmp_path / "bundle", **options)
+    assert error.value.do
+    assert not list(tmp_path.iterdir())
+
+
 def test_golden_cases_notice_other_weights(model: Path, tmp_path: Path) -> None:
     other = tiny_tokenizer(tiny_llama(tmp_path / "other", seed=7))
     right = export(model, tmp_path / "right").bundle

@@ -294,6 +294,19 @@ def test_killed_while_the_weights_are_written(tmp_path: Path) -> None:
     assert Bundle.open(tmp_path / "bundle", verify=True).read("model.ptd") == made.bundle.read("model.ptd")
 
 
+@pytest.mark.parametrize("rounding", ["mse", "gptq"])
+def test_codes_that_are_found_otherwise_are_computed_with(rounding: str, tmp_path: Path) -> None:
+    needs.native()
+    texts = tmp_path / "texts.txt"
+    texts.write_text("set an alarm for half past seven\nplay some jazz\n" * 60)
+    calibration = texts if rounding == "gptq" else None
+    done = export(load_nano(), tmp_path / "bundle", backend="executorch", rounding=rounding, calibration=calibration)
+    assert all(result.passed for result in golden.replay(done.bundle, backend="executorch"))
+    errors = {t.name: t.output_error for t in done.report.tensors}
+    assert errors["lm_head.weight"] is None
+    assert (errors["model.layers.0.mlp.up_proj.weight"] is not None) == (rounding == "gptq")
+
+
 def test_a_tied_head_and_the_embedding_are_stored_once(tmp_path: Path) -> None:
     """With the template that comes with the package: `nano` is tied."""
     needs.native()

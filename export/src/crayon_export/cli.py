@@ -29,6 +29,17 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--quantize", type=click.Choice(["int4", "int8", "none"]), default="int4", show_default=True)
 @click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 or 128.  [default: 32]")
 @click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "mse", "gptq"]),
+    default="nearest",
+    show_default=True,
+    help="How weights find their codes.",
+)
+@click.option("--calibration", type=_FOLDER, metavar="FILE", help="Texts for gptq: plain, or JSON lines (.jsonl).")
+@click.option(
+    "--calibration-tokens", type=int, default=8192, show_default=True, help="How many of their tokens are used."
+)
+@click.option(
     "--context-length", type=int, help="Tokens that the KV cache holds.  [default: the model's, at most 2048]"
 )
 @click.option(

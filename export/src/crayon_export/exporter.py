@@ -29,6 +29,7 @@ from crayon_export.onnx.tensors import ExternalData
 from crayon_export.plan import ExportPlan, plan
 from crayon_export.reference import Outputs, forward
 from crayon_export.report import Report
+from crayon_export.rounding import Clipping, nearest
 from crayon_export.storage import Storage
 from crayon_export.streaming import WrittenWeights
 from crayon_runtime.bundle import Bundle, BundleWriter
@@ -105,7 +106,9 @@ def run(
         info = source_tokenizer.convert(p.tokenizer, scratch, model_vocab_size=a.vocab_size)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             writer.add_file(name, scratch / name)
-        recording = Recording.plan(Encoder(info, scratch / info.file), p.golden_texts, p.context_length)
+        encoder = Encoder(info, scratch / info.file)
+        recording = Recording.plan(encoder, p.golden_texts, p.context_length)
+        calibration = p.calibration.sequences(encoder, p.context_length) if p.calibration else ()
 
         fingerprint = Fingerprint()
         variants = Variants()
@@ -127,6 +130,8 @@ def run(
                 list(storages.values()),
                 adapters=p.adapters,
                 merged=p.merged,
+                rounding=Clipping(pool) if p.rounding == "mse" else nearest,
+                calibration=calibration,
                 on_bytes=on_bytes or (lambda _: None),
             )
             outputs = forward(a, weights, recording.sequences, positions=recording.positions, tap_layer=p.tap_layer)
@@ -153,6 +158,7 @@ def run(
             base_fingerprint=base,
             quantization=q.weights,
             group_size=q.group_size,
+            rounding=p.rounding,
             tensors=weights.reports,
             cases=[case for r in recorded for case in r.reports],
             bundle_bytes=sum(f.size for f in writer.files),

@@ -10,11 +10,13 @@ from typing import Any
 import msgspec
 
 from crayon_export import architecture, hub, lora
+from crayon_export.calibration import DEFAULT_TOKENS, GIVE, Calibration
 from crayon_export.checkpoint import Checkpoint
 from crayon_export.executorch.storage import GROUP_SIZES, weights_form
 from crayon_export.executorch.template import AdapterSpec
 from crayon_export.golden import TEXTS
 from crayon_export.quantize import Blockwise
+from crayon_export.rounding import ROUNDINGS
 from crayon_runtime.errors import AdapterError, InvalidInput, UnsupportedModel
 from crayon_runtime.manifest import LINEARS, MOST_RANK, Architecture, Quantization
 
@@ -30,6 +32,10 @@ class ExportPlan:
     tokenizer: Path
     blockwise: Blockwise | None
     """The format of the linear layers; None: float32."""
+    rounding: str
+    """One of `rounding.ROUNDINGS`."""
+    calibration: Calibration | None
+    """For GPTQ."""
     context_length: int
     kv_dtype: str
     adapters: list[lora.PeftAdapter]
@@ -70,6 +76,8 @@ class ExportPlan:
             "backends": self.backends,
             "architecture": msgspec.to_builtins(self.architecture),
             "quantization": msgspec.to_builtins(self.quantization),
+            "rounding": self.rounding,
+            "calibration": str(self.calibration.file) if self.calibration else None,
             "context_length": self.context_length,
             "kv_dtype": self.kv_dtype,
             "tokenizer": str(self.tokenizer),
@@ -90,6 +98,9 @@ def plan(
     official: bool = False,
     quantize: str = "int4",
     group_size: int | None = None,
+    rounding: str = "nearest",
+    calibration: str | Path | None = None,
+    calibration_tokens: int = DEFAULT_TOKENS,
     context_length: int | None = None,
     kv_dtype: str = "fp32",
     adapters: Sequence[str | Path] = (),
@@ -112,6 +123,9 @@ def plan(
         official: have ExecuTorch's own exporter make its program from the weights: a check of the template, which is filled otherwise.
         quantize: "int4", "int8" or "none" (float32).
         group_size: input columns that share a scale; None: 32. ExecuTorch's int8 has one scale a row.
+        rounding: "nearest", "mse" (scales that may clip) or "gptq" (errors are made good by later columns).
+        calibration: a file of texts for "gptq"; see `calibration.Calibration`.
+        calibration_tokens: how many of their tokens are used.
         context_length: tokens that the KV cache holds; None: what the model was trained on, at most 2048.
         kv_dtype: "fp32"; "fp16" with onnx alone, "int8" with executorch alone.
         adapters: PEFT folders. They travel inside the bundle, or with `merge` (one only) are added into the weights.
@@ -145,6 +159,7 @@ def plan(
         raise InvalidInput("int8 weights have one scale a row with the executorch backend", do="leave out --group-size")
     for name in backends:
         _check_formats(name, blockwise, kv_dtype)
+    _check_rounding(rounding, blockwise, calibration)
 
     folder = hub.fetch(str(model), revision=revision, token=token)
     checkpoint = Checkpoint.open(folder)
@@ -171,6 +186,8 @@ def plan(
         architecture=a,
         tokenizer=Path(tokenizer) if tokenizer else folder,
         blockwise=blockwise,
+        rounding=rounding,
+        calibration=Calibration.read(Path(calibration), calibration_tokens) if calibration else None,
         context_length=context_length,
         kv_dtype=kv_dtype,
         adapters=[] if merge else opened,
@@ -214,6 +231,19 @@ def _check_formats(backend: str, blockwise: Blockwise | None, kv_dtype: str) -> 
             f"the group size {blockwise.group_size} is not available with the executorch backend",
             do=f"use {', '.join(map(str, sorted(GROUP_SIZES)))}",
         )
+
+
+def _check_rounding(rounding: str, blockwise: Blockwise | None, calibration: str | Path | None) -> None:
+    if rounding not in ROUNDINGS:
+        raise InvalidInput(f"the rounding is {rounding!r}", do=f"use {', '.join(ROUNDINGS[:-1])} or {ROUNDINGS[-1]}")
+    if rounding != "nearest" and blockwise is None:
+        raise InvalidInput(
+            f"--rounding {rounding} with float32 weights", do="quantize to int4 or int8, or leave it out"
+        )
+    if rounding == "gptq" and calibration is None:
+        raise InvalidInput("GPTQ needs texts that tell what goes into the layers", do=GIVE)
+    if rounding != "gptq" and calibration is not None:
+        raise InvalidInput(f"--rounding {rounding} uses no calibration texts", do="add --rounding gptq")
 
 
 _DEFAULT_CONTEXT = 2048

@@ -84,21 +84,39 @@ class Blockwise(NamedTuple):
         """Bytes of a quantized [rows, width] matrix, scales included."""
         return rows * self.groups(width) * (self.group_size * self.bits // 8 + 4)
 
-    def quantize(self, weights: Floats) -> Quantized:
-        """Quantize float32 [n, in] rows."""
-        grouped = self._grouped(weights)
-        half = np.float32(1 << (self.bits - 1))
-        largest, smallest = grouped.max(axis=2), grouped.min(axis=2)
-        scales = np.where(largest > -smallest, largest, smallest) / -half
-        reciprocal = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
-        codes = grouped * reciprocal[..., None]
-        codes += half
-        codes += np.float32(0.5)
-        np.clip(codes, 0, 2 * half - 1, out=codes)
-        packed = codes.astype(np.uint8)  # truncates: halves were rounded up
+    def grouped(self, weights: Floats) -> Floats:
+        """float32 [n, in] as [n, groups, group_size], padded with zeros."""
+        n, width = weights.shape
+        groups = self.groups(width)
+        if width % self.group_size:
+            weights = np.pad(weights, ((0, 0), (0, groups * self.group_size - width)))
+        return weights.reshape(n, groups, self.group_size)
+
+    def scales(self, groups: Floats) -> Floats:
+        """The scales of groups, float32 [...], that represent the largest weight exactly: of float32 [..., n], any n."""
+        largest, smallest = groups.max(axis=-1), groups.min(axis=-1)
+        return np.asarray(np.where(largest > -smallest, largest, smallest) / -self._half)
+
+    def stored(self, scales: Floats) -> Floats:
+        """Scales as the file holds them: as they are."""
+        return scales
+
+    def quantize(self, weights: Floats, scales: Floats | None = None) -> Quantized:
+        """Quantize float32 [n, in] rows with these scales, float32 [n, groups]; None: those of `scales`."""
+        groups = self.grouped(weights)
+        scales = self.scales(groups) if scales is None else scales
+        packed = self._shifted(groups, scales[..., None]).astype(np.uint8)  # truncates: halves were rounded up
         if self.bits == 4:
-            packed = packed[..., ::2] | packed[..., 1::2] << 4
+            packed = packed[..., ::2] | packed[..., 1::2] << np.uint8(4)
         return Quantized(packed, scales)
+
+    def fake_quantize(self, weights: Floats, scales: Floats) -> Floats:
+        """What `dequantize` makes of weights of any shape, quantized with these scales, which are broadcast."""
+        values = self._shifted(weights, scales)
+        np.floor(values, out=values)
+        values -= self._half
+        values *= scales
+        return values
 
     def dequantize(self, q: Quantized, width: int) -> Floats:
         """The float32 [n, width] rows that the codes stand for."""
@@ -110,9 +128,14 @@ class Blockwise(NamedTuple):
         values *= q.scales[..., None]
         return np.ascontiguousarray(values.reshape(len(values), -1)[:, :width])
 
-    def _grouped(self, weights: Floats) -> Floats:
-        n, width = weights.shape
-        groups = self.groups(width)
-        if width % self.group_size:
-            weights = np.pad(weights, ((0, 0), (0, groups * self.group_size - width)))
-        return weights.reshape(n, groups, self.group_size)
+    @property
+    def _half(self) -> np.float32:
+        return np.float32(1 << (self.bits - 1))
+
+    def _shifted(self, weights: Floats, scales: Floats) -> Floats:
+        """The codes, plus what is cut off when they become whole numbers."""
+        reciprocal = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
+        codes = weights * reciprocal
+        codes += self._half
+        codes += np.float32(0.5)
+        return np.clip(codes, 0, 2 * self._half - 1, out=codes)

@@ -10,7 +10,7 @@ ones, each without and with every adapter. All sequences go through together too
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,29 +60,83 @@ def forward(
         positions: indices into the concatenated sequences, int64 [P]: where logits are wanted.
         tap_layer: index into transformers' `hidden_states`, which counts blocks, not their passes.
     """
+    x = weights.embed(np.concatenate(sequences))
+    run = steps(a, weights.vector, x, sequences, positions=positions, tap_layer=tap_layer)
+    try:
+        module, inputs = next(run)
+        while True:
+            module, inputs = run.send(weights.linear(module, inputs))
+    except StopIteration as done:
+        outputs: Outputs = done.value
+        return outputs
+
+
+def steps(
+    a: Architecture,
+    vector: Callable[[str], Floats],
+    x: Floats,
+    sequences: Sequence[Ids],
+    *,
+    positions: npt.NDArray[np.int64],
+    tap_layer: int,
+) -> Generator[tuple[str, Floats], Floats, Outputs]:
+    """The same, for a caller who computes the linear layers: yields each with its input, and is sent its output.
+
+    Args:
+        vector: as in `Weights`.
+        x: the embeddings, float32 [streams, T, hidden].
+    """
+    tapped = x
+    for layer in range(a.layers):
+        x = yield from passes(a, vector, layer, x, sequences)
+        if layer < tap_layer:
+            tapped = x
+    x = last_norm(a, vector, x)
+    logits = yield "lm_head", x[:, positions]
+    return Outputs(logits, tapped=x if tap_layer == a.layers else tapped)
+
+
+def passes(
+    a: Architecture, vector: Callable[[str], Floats], layer: int, x: Floats, sequences: Sequence[Ids]
+) -> Generator[tuple[str, Floats], Floats, Floats]:
+    """One block, as often as it is computed, in the manner of `steps`: from hidden states float32 [streams, T, hidden] to the next."""
     ends = np.cumsum([len(s) for s in sequences])
     spans = [slice(int(end) - len(s), int(end)) for s, end in zip(sequences, ends, strict=True)]
     tables = rotary_tables(a, max(len(s) for s in sequences))
+    for _ in range(a.layer_repeats):
+        x = yield from _block(a, vector, f"model.layers.{layer}", x, spans, tables)
+    return x
 
-    x = weights.embed(np.concatenate(sequences))
-    tapped = x.copy()
-    for index in range(a.passes):
-        layer = index // a.layer_repeats
-        name = f"model.layers.{layer}"
-        h = _rms_norm(x, weights.vector(f"{name}.input_layernorm.weight"), a.norm_eps)
-        q, k, v = (weights.linear(f"{name}.self_attn.{p}_proj", h) for p in "qkv")
-        attended = np.concatenate([_attention(a, q[:, s], k[:, s], v[:, s], tables) for s in spans], axis=1)
-        x = x + weights.linear(f"{name}.self_attn.o_proj", attended)
-        h = _rms_norm(x, weights.vector(f"{name}.post_attention_layernorm.weight"), a.norm_eps)
-        gate, up = (weights.linear(f"{name}.mlp.{p}_proj", h) for p in ("gate", "up"))
-        x = x + weights.linear(f"{name}.mlp.down_proj", _silu(gate) * up)
-        if index + 1 == tap_layer * a.layer_repeats:
-            tapped = x.copy()
-    x = _rms_norm(x, weights.vector("model.norm.weight"), a.norm_eps)
-    return Outputs(
-        logits=weights.linear("lm_head", x[:, positions]),
-        tapped=x if tap_layer == a.layers else tapped,
-    )
+
+def last_norm(a: Architecture, vector: Callable[[str], Floats], x: Floats) -> Floats:
+    """What the head is given, float32 [streams, T, hidden]."""
+    return _rms_norm(x, vector("model.norm.weight"), a.norm_eps)
+
+
+def _block(
+    a: Architecture,
+    vector: Callable[[str], Floats],
+    name: str,
+    x: Floats,
+    spans: Sequence[slice],
+    tables: tuple[Floats, Floats],
+) -> Generator[tuple[str, Floats], Floats, Floats]:
+    h = _rms_norm(x, vector(f"{name}.input_layernorm.weight"), a.norm_eps)
+    q = yield f"{name}.self_attn.q_proj", h
+    k = yield f"{name}.self_attn.k_proj", h
+    v = yield f"{name}.self_attn.v_proj", h
+    attended = np.concatenate([_attention(a, q[:, s], k[:, s], v[:, s], tables) for s in spans], axis=1)
+    del h, q, k, v
+    x = x + (yield f"{name}.self_attn.o_proj", attended)
+    del attended
+    h = _rms_norm(x, vector(f"{name}.post_attention_layernorm.weight"), a.norm_eps)
+    gate = yield f"{name}.mlp.gate_proj", h
+    up = yield f"{name}.mlp.up_proj", h
+    del h
+    for s in spans:  # in pieces, as is attention: no third array of this size
+        gate[:, s] = _silu(gate[:, s]) * up[:, s]
+    del up
+    return x + (yield f"{name}.mlp.down_proj", gate)
 
 
 def _rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:

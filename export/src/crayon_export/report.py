@@ -23,6 +23,8 @@ class TensorReport:
     """||W - W'|| / ||W||, Frobenius."""
     largest_error: float
     bytes: int
+    output_error: float | None = None
+    """||X (W - W')^T|| / ||X W'^T||, Frobenius, X the layer's inputs on the calibration texts; None: it was rounded without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Report:
     base_fingerprint: str
     quantization: str
     group_size: int
+    rounding: str
     tensors: list[TensorReport]
     cases: list[CaseReport]
     bundle_bytes: int
@@ -100,4 +103,5 @@ def _quantized(report: Report) -> str:
     if report.quantization == "none":
         return "float32"
     groups = f"in groups of {report.group_size}" if report.group_size else "by row"
-    return f"{report.quantization} {groups}"
+    rounded = "" if report.rounding == "nearest" else f" by {report.rounding.upper()}"
+    return f"{report.quantization} {groups}{rounded}"

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from crayon_export.lora import PeftAdapter
 from crayon_export.report import TensorReport
+
+if TYPE_CHECKING:
+    from crayon_export.rounding import Rounding
 
 Floats = npt.NDArray[np.float32]
 _Piece = TypeVar("_Piece")
@@ -44,7 +47,8 @@ class Storage(Protocol):
 
     def embedding(self, name: str, rows: int, width: int) -> Matrix: ...
 
-    def linear(self, module: str, rows: int, width: int) -> Matrix: ...
+    def linear(self, module: str, rows: int, width: int, rounding: Rounding) -> Matrix:
+        """A linear layer, which finds its codes with this rounding where it is quantized and not shared with the embedding."""
 
     def vector(self, name: str, values: Floats) -> None:
         """The weight of a norm, float32 [hidden]."""
@@ -53,10 +57,16 @@ class Storage(Protocol):
         """A [r, in] and B [out, r], the factor alpha/r included, as the backend computes with them."""
 
 
-def in_pieces(pool: ThreadPoolExecutor, function: Callable[[Floats], _Piece], rows: Floats) -> list[_Piece]:
-    """A function applied to pieces of consecutive rows, on all cores, in order."""
+def in_pieces(
+    pool: ThreadPoolExecutor,
+    function: Callable[[Floats, Floats | None], _Piece],
+    rows: Floats,
+    scales: Floats | None = None,
+) -> list[_Piece]:
+    """A function applied to pieces of consecutive rows, with the scales of each if there are any, on all cores, in order."""
     block = max(1, _BLOCK_BYTES // (4 * rows.shape[1]))
-    return list(pool.map(function, (rows[i : i + block] for i in range(0, len(rows), block))))
+    pieces = [slice(i, i + block) for i in range(0, len(rows), block)]
+    return list(pool.map(lambda piece: function(rows[piece], None if scales is None else scales[piece]), pieces))
 
 
 def scaled(adapter: PeftAdapter, module: str) -> tuple[Floats, Floats]:

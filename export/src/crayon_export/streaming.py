@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from crayon_export.architecture import EMBEDDING, linears
+from crayon_export.calibration import CalibrationStream
 from crayon_export.checkpoint import Checkpoint, Fingerprint
 from crayon_export.lora import PeftAdapter
 from crayon_export.report import TensorReport
+from crayon_export.rounding import Rounding, nearest
 from crayon_export.storage import Matrix, Storage, scaled
 from crayon_runtime.manifest import Architecture
 
@@ -23,13 +25,16 @@ class WrittenWeights:
     block that is repeated stay in memory until its last pass.
 
     The streams of the reference are the variants (the base, then each adapter) with float weights and, for each storage that is
-    lossy, the same variants again with the weights as that one holds them.
+    lossy, the same variants again with the weights as that one holds them. Calibration texts go through beside them, each as the base
+    of a lossy storage computes them.
 
     Args:
         fingerprint: sees the bytes of every source tensor.
         storages: one for each backend.
         adapters: kept beside the weights; each is one variant.
         merged: added into the weights before they are quantized: W + scale B A.
+        rounding: of the linear layers.
+        calibration: token ids, int64 [T_i] each; where there are some, linear layers are rounded by GPTQ.
         on_bytes: told the bytes of float32 weight that were handled.
     """
 
@@ -42,6 +47,8 @@ class WrittenWeights:
         *,
         adapters: Sequence[PeftAdapter],
         merged: PeftAdapter | None,
+        rounding: Rounding = nearest,
+        calibration: Sequence[Ids] = (),
         on_bytes: Callable[[int], None],
     ) -> None:
         self._checkpoint = checkpoint
@@ -51,11 +58,17 @@ class WrittenWeights:
         self._lossy = [storage for storage in storages if storage.lossy]
         self._variants: list[PeftAdapter | None] = [None, *adapters]
         self._merged = merged
+        self._rounding = rounding
+        self._calibration = calibration
+        self._calibrated: dict[Storage, CalibrationStream] = {}
+        """Of each lossy storage, where there are calibration texts."""
         self._on_bytes = on_bytes
         self._linears = {x.module: x for x in linears(architecture)}
         self._vectors: dict[str, Floats] = {}
         self._block: dict[str, list[tuple[int, list[Floats]]]] = {}
         """What `_pushed` returned for each chunk of the linear layers of one block, by module."""
+        self._ahead: dict[str, list[tuple[int, Floats]]] = {}
+        """The float weights of a block that were read before their turn."""
         self.reports: list[TensorReport] = []
 
     def streams(self, storage: Storage | None = None) -> slice:
@@ -65,6 +78,8 @@ class WrittenWeights:
 
     def embed(self, ids: Ids) -> Floats:
         a = self._a
+        golden = len(ids)
+        ids = np.concatenate([ids, *self._calibration])
         families = np.zeros((1 + len(self._lossy), len(ids), a.hidden_size), np.float32)
         matrices = [storage.embedding(EMBEDDING, a.vocab_size, a.hidden_size) for storage in self._storages]
         for start, rows in self._rows(EMBEDDING):
@@ -72,7 +87,12 @@ class WrittenWeights:
             for family, worth in enumerate(self._pushed(rows, matrices)):
                 families[family, here] = worth[ids[here] - start]
         self.reports += [matrix.close() for matrix in matrices]
-        return np.repeat(families, len(self._variants), axis=0)
+        if self._calibration:
+            self._calibrated = {
+                storage: CalibrationStream(a, self.vector, self._calibration, x[golden:].copy())
+                for storage, x in zip(self._lossy, families[1:], strict=True)
+            }
+        return np.repeat(families[:, :golden], len(self._variants), axis=0)
 
     def vector(self, name: str) -> Floats:
         if name in self._vectors:
@@ -89,6 +109,10 @@ class WrittenWeights:
         for start, chunk in self._chunks(module, rows, x.shape[-1]):
             for family, worth in zip(families, chunk, strict=True):
                 y[family, :, start : start + len(worth)] = _product(x[family], worth)
+            for texts, worth in zip(self._calibrated.values(), chunk[1:], strict=False):
+                texts.multiply(worth)
+        for texts in self._calibrated.values():
+            texts.advance()
         for variant, adapter in enumerate(self._variants):
             if adapter is not None and module in adapter.targets:
                 pairs = [scaled(adapter, module), *(storage.adapter(adapter, module) for storage in self._lossy)]
@@ -106,16 +130,31 @@ class WrittenWeights:
         repeated = linear is not None and self._a.layer_repeats > 1
         if linear is None or any(self._linears[kept].layer != linear.layer for kept in self._block):
             self._block.clear()
-        matrices = [storage.linear(module, rows, width) for storage in self._storages]
+        if repeated and self._calibrated and not self._block:
+            self._rehearse(self._linears[module].layer)
+        matrices = [
+            storage.linear(module, rows, width, self._calibrated.get(storage, self._rounding))
+            for storage in self._storages
+        ]
         kept = []
         for start, weights in self._weights(module):
             chunk = self._pushed(weights, matrices)
             yield start, chunk
             if repeated:
                 kept.append((start, chunk))
-        self.reports += [matrix.close() for matrix in matrices]
+        for storage, matrix in zip(self._storages, matrices, strict=True):
+            report = matrix.close()
+            self.reports.append(self._calibrated[storage].complete(report) if storage in self._calibrated else report)
         if repeated:
             self._block[module] = kept
+
+    def _rehearse(self, layer: int) -> None:
+        """Read a block that is repeated, and show the calibration texts what its later passes will be like."""
+        modules = [module for module, linear in self._linears.items() if linear.layer == layer]
+        self._ahead = {module: list(self._weights(module)) for module in modules}
+        whole = {module: np.concatenate([rows for _, rows in chunks]) for module, chunks in self._ahead.items()}
+        for texts in self._calibrated.values():
+            texts.rehearse(layer, whole)
 
     def _pushed(self, rows: Floats, matrices: Sequence[Matrix]) -> list[Floats]:
         """Rows, stored everywhere: themselves, and what each lossy storage makes of them."""
@@ -124,6 +163,9 @@ class WrittenWeights:
 
     def _weights(self, module: str) -> Iterator[tuple[int, Floats]]:
         """The float weights of a linear layer by rows, with the merged adapter added."""
+        if module in self._ahead:
+            yield from self._ahead.pop(module)
+            return
         tied = module == "lm_head" and self._a.tied_embeddings
         name = "model.embed_tokens.weight" if tied else f"{module}.weight"
         merged = self._merged if self._merged is not None and module in self._merged.targets else None

@@ -39,27 +39,51 @@ class Affine(NamedTuple):
         scales = 2 * width // self.group_size if self.group_size else 4
         return rows * (width * self.bits // 8 + scales)
 
-    def quantize(self, weights: Floats) -> tuple[Codes, Floats]:
-        """Codes int8 [n, in] and scales float32 [n, groups], not yet rounded, of float32 [n, in] rows; the groups divide `in`."""
+    def grouped(self, weights: Floats) -> Floats:
+        """float32 [n, in] as [n, groups, size]; the groups divide `in`."""
         n, width = weights.shape
-        grouped = weights.reshape(n, -1, self.group_size or width)
-        magnitudes = np.abs(grouped)
-        if grouped.shape[2] <= _NARROW:
-            largest = np.ascontiguousarray(magnitudes.reshape(-1, grouped.shape[2]).T).max(axis=0).reshape(n, -1)
+        return weights.reshape(n, -1, self.group_size or width)
+
+    def scales(self, groups: Floats) -> Floats:
+        """The scales of float32 [..., size] groups, float32 [...], not yet rounded."""
+        magnitudes, size = np.abs(groups), groups.shape[-1]
+        if size <= _NARROW:
+            largest = np.ascontiguousarray(magnitudes.reshape(-1, size).T).max(axis=0).reshape(groups.shape[:-1])
         else:
-            largest = magnitudes.max(axis=2)
-        scales = np.maximum(largest / np.float32(((1 << self.bits) - 1) / 2), np.finfo(np.float32).smallest_normal)
-        codes = np.rint(grouped * (np.float32(1) / scales)[..., None])
-        half = 1 << (self.bits - 1)
-        np.clip(codes, -half, half - 1, out=codes)
-        return codes.astype(np.int8).reshape(n, width), scales
+            largest = magnitudes.max(axis=-1)
+        scales = largest / np.float32(((1 << self.bits) - 1) / 2)
+        return np.asarray(np.maximum(scales, np.finfo(np.float32).smallest_normal), np.float32)
+
+    def stored(self, scales: Floats) -> Floats:
+        """Scales as XNNPACK keeps them."""
+        return bfloat16(scales) if self.group_size else scales
+
+    def quantize(self, weights: Floats, scales: Floats | None = None) -> tuple[Codes, Floats]:
+        """Codes int8 [n, in] and scales float32 [n, groups], not yet rounded, of float32 [n, in] rows.
+
+        Args:
+            scales: to use, float32 [n, groups]; None: those of `scales`.
+        """
+        groups = self.grouped(weights)
+        scales = self.scales(groups) if scales is None else scales
+        return self._codes(groups, scales[..., None]).astype(np.int8).reshape(weights.shape), scales
+
+    def fake_quantize(self, weights: Floats, scales: Floats) -> Floats:
+        """What `dequantize` makes of weights of any shape, quantized with these scales, which are broadcast."""
+        values = self._codes(weights, scales)
+        values *= self.stored(scales)
+        return values
 
     def dequantize(self, codes: Codes, scales: Floats) -> Floats:
         """The float32 [n, in] rows that the codes stand for."""
         n, width = codes.shape
-        stored = bfloat16(scales) if self.group_size else scales
-        values = codes.reshape(n, -1, self.group_size or width) * stored[..., None]
+        values = codes.reshape(n, -1, self.group_size or width) * self.stored(scales)[..., None]
         return np.asarray(values, np.float32).reshape(n, width)
+
+    def _codes(self, weights: Floats, scales: Floats) -> Floats:
+        codes = np.rint(weights * (np.float32(1) / scales))
+        half = 1 << (self.bits - 1)
+        return np.clip(codes, -half, half - 1, out=codes)
 
 
 def bfloat16(x: Floats) -> Floats:

@@ -18,6 +18,7 @@ from crayon_export.executorch.storage import PER_ROW, linear_form, stored_adapte
 from crayon_export.executorch.template import ROTARY, Part, Program, Slot, Template, TemplateSpec
 from crayon_export.lora import PeftAdapter
 from crayon_export.report import TensorReport
+from crayon_export.rounding import Rounding, nearest
 from crayon_export.storage import Error, Matrix, in_pieces
 from crayon_runtime.affine import Affine, Codes, bfloat16
 from crayon_runtime.backends.executorch_adapter import slot_shapes, stand_ins
@@ -139,11 +140,12 @@ class FilledProgram:
         return self._spec.weights is not None
 
     def embedding(self, name: str, rows: int, width: int) -> Matrix:
-        return _Matrix(self, name, rows, width, PER_ROW if self.lossy else None)
+        return _Matrix(self, name, rows, width, PER_ROW if self.lossy else None, nearest)
 
-    def linear(self, module: str, rows: int, width: int) -> Matrix:
-        form = linear_form(width, self._spec.weights, tied_head=self._spec.tied_embeddings and module == "lm_head")
-        return _Matrix(self, f"{module}.weight", rows, width, form)
+    def linear(self, module: str, rows: int, width: int, rounding: Rounding) -> Matrix:
+        tied = self._spec.tied_embeddings and module == "lm_head"
+        form = linear_form(width, self._spec.weights, tied_head=tied)
+        return _Matrix(self, f"{module}.weight", rows, width, form, nearest if tied else rounding)
 
     def vector(self, name: str, values: Floats) -> None:
         self.write(self.slots(name, "values", values.shape, "fp32"), values)
@@ -186,14 +188,16 @@ class FilledProgram:
         for index in indices:
             self._weights.write(index, data)
 
-    def in_pieces(self, rows: Floats, form: Affine) -> list[tuple[npt.NDArray[np.uint8], Floats, Floats]]:
+    def in_pieces(
+        self, rows: Floats, form: Affine, rounding: Rounding
+    ) -> list[tuple[npt.NDArray[np.uint8], Floats, Floats]]:
         """Packed codes, scales, and what they are worth, of pieces of consecutive rows."""
 
-        def one(piece: Floats) -> tuple[npt.NDArray[np.uint8], Floats, Floats]:
-            codes, scales = form.quantize(piece)
+        def one(piece: Floats, scales: Floats | None) -> tuple[npt.NDArray[np.uint8], Floats, Floats]:
+            codes, scales = form.quantize(piece, scales)
             return _packed(codes, form), scales, form.dequantize(codes, scales)
 
-        return in_pieces(self._pool, one, rows)
+        return in_pieces(self._pool, one, *rounding(form, rows))
 
 
 def _without_ones(shape: Sequence[int]) -> list[int]:
@@ -205,8 +209,10 @@ _OTHER = "remove the template with `crayon template`, or use --official"
 
 
 class _Matrix:
-    def __init__(self, storage: FilledProgram, name: str, rows: int, width: int, form: Affine | None) -> None:
-        self._storage, self._name, self._form = storage, name, form
+    def __init__(
+        self, storage: FilledProgram, name: str, rows: int, width: int, form: Affine | None, rounding: Rounding
+    ) -> None:
+        self._storage, self._name, self._form, self._rounding = storage, name, form, rounding
         self._shape = rows, width
         self._error = Error()
         if form is None:
@@ -221,7 +227,7 @@ class _Matrix:
         if form is None:
             self._storage.write(self._values, rows)
             return rows
-        pieces = self._storage.in_pieces(rows, form)
+        pieces = self._storage.in_pieces(rows, form, self._rounding)
         for codes, scales, _ in pieces:
             self._storage.write(self._values, codes)
             self._storage.write(self._scales, _halves(scales) if form.group_size else scales)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from crayon_export.lora import PeftAdapter
 from crayon_export.quantize import Blockwise
 from crayon_export.report import TensorReport
+from crayon_export.rounding import Rounding, nearest
 from crayon_export.storage import Error, Matrix, in_pieces, scaled
 from crayon_runtime.affine import Affine, Codes
 
@@ -84,11 +85,12 @@ class ProgramStorage:
         return self._weights is not None
 
     def embedding(self, name: str, rows: int, width: int) -> Matrix:
-        return _File(self, name, rows, width, PER_ROW if self.lossy else None)
+        return _File(self, name, rows, width, PER_ROW if self.lossy else None, nearest)
 
-    def linear(self, module: str, rows: int, width: int) -> Matrix:
-        form = linear_form(width, self._weights, tied_head=self._tied and module == "lm_head")
-        return _File(self, f"{module}.weight", rows, width, form)
+    def linear(self, module: str, rows: int, width: int, rounding: Rounding) -> Matrix:
+        tied = self._tied and module == "lm_head"
+        form = linear_form(width, self._weights, tied_head=tied)
+        return _File(self, f"{module}.weight", rows, width, form, nearest if tied else rounding)
 
     def vector(self, name: str, values: Floats) -> None:
         self.tensors[name] = Stored(values, None, None)
@@ -104,13 +106,15 @@ class ProgramStorage:
         path = self._folder / f"{len(self.tensors)}-{name}"
         return np.memmap(path, dtype, "w+", shape=(rows, width))
 
-    def in_pieces(self, rows: Floats, form: Affine) -> list[tuple[Codes, Floats]]:
-        return in_pieces(self._pool, form.quantize, rows)
+    def in_pieces(self, rows: Floats, form: Affine, rounding: Rounding) -> list[tuple[Codes, Floats]]:
+        return in_pieces(self._pool, form.quantize, *rounding(form, rows))
 
 
 class _File:
-    def __init__(self, storage: ProgramStorage, name: str, rows: int, width: int, form: Affine | None) -> None:
-        self._storage, self._name, self._form = storage, name, form
+    def __init__(
+        self, storage: ProgramStorage, name: str, rows: int, width: int, form: Affine | None, rounding: Rounding
+    ) -> None:
+        self._storage, self._name, self._form, self._rounding = storage, name, form, rounding
         self._values = storage.create(name, rows, width, np.float32 if form is None else np.int8)
         self._scales: list[Floats] = []
         self._done = 0
@@ -122,7 +126,7 @@ class _File:
         if self._form is None:
             self._values[here] = rows
             return rows
-        pieces = self._storage.in_pieces(rows, self._form)
+        pieces = self._storage.in_pieces(rows, self._form, self._rounding)
         self._values[here] = np.concatenate([codes for codes, _ in pieces])
         self._scales += [scales for _, scales in pieces]
         worth = np.concatenate([self._form.dequantize(*piece) for piece in pieces])

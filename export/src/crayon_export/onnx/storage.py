@@ -11,6 +11,7 @@ from crayon_export.lora import PeftAdapter
 from crayon_export.onnx.tensors import ExternalData
 from crayon_export.quantize import Blockwise, Quantized
 from crayon_export.report import TensorReport
+from crayon_export.rounding import Rounding, nearest
 from crayon_export.storage import Error, Matrix, in_pieces, scaled
 from crayon_runtime.errors import UnsupportedModel
 
@@ -48,14 +49,14 @@ class OnnxStorage:
         form = self._shared(width)
         if form is None:
             return _Plain(self._data, name, rows, width, self._embedding)
-        return _Quantized(self._data, name, rows, width, form, self._pool)
+        return _Quantized(self._data, name, rows, width, form, nearest, self._pool)
 
-    def linear(self, module: str, rows: int, width: int) -> Matrix:
+    def linear(self, module: str, rows: int, width: int, rounding: Rounding) -> Matrix:
         if module == "lm_head" and self._tied and self._embedding != "fp16":
             return _Again(f"{module}.weight", self._shared(width), self._pool)
         if self._blockwise is None:
             return _Plain(self._data, f"{module}.weight", rows, width, "fp32")
-        return _Quantized(self._data, f"{module}.weight", rows, width, self._blockwise, self._pool)
+        return _Quantized(self._data, f"{module}.weight", rows, width, self._blockwise, rounding, self._pool)
 
     def _shared(self, width: int) -> Blockwise | None:
         return self._blockwise.shared(width) if self._blockwise and self._embedding == "int8" else None
@@ -98,10 +99,17 @@ class _Quantized:
     """Codes, then the scales of all rows."""
 
     def __init__(
-        self, data: ExternalData, name: str, rows: int, width: int, blockwise: Blockwise, pool: ThreadPoolExecutor
+        self,
+        data: ExternalData,
+        name: str,
+        rows: int,
+        width: int,
+        blockwise: Blockwise,
+        rounding: Rounding,
+        pool: ThreadPoolExecutor,
     ) -> None:
         self._data, self._name = data, name
-        self._blockwise, self._pool = blockwise, pool
+        self._blockwise, self._rounding, self._pool = blockwise, rounding, pool
         self._nbytes = blockwise.nbytes(rows, width)
         codes = (rows, blockwise.groups(width), blockwise.group_size * blockwise.bits // 8)
         self._codes = data.open(f"{name}_codes", np.uint8, codes)
@@ -109,7 +117,7 @@ class _Quantized:
         self._error = Error()
 
     def add(self, rows: Floats) -> Floats:
-        pieces = _quantized(rows, self._blockwise, self._pool)
+        pieces = _quantized(rows, self._blockwise, self._rounding, self._pool)
         self._codes.write(np.concatenate([q.codes for q, _ in pieces]))
         self._scales += [q.scales for q, _ in pieces]
         worth = np.concatenate([w for _, w in pieces])
@@ -136,7 +144,7 @@ class _Again:
     def add(self, rows: Floats) -> Floats:
         if self._blockwise is None:
             return rows
-        worth = np.concatenate([w for _, w in _quantized(rows, self._blockwise, self._pool)])
+        worth = np.concatenate([w for _, w in _quantized(rows, self._blockwise, nearest, self._pool)])
         self._error.add(rows, worth)
         return worth
 
@@ -145,11 +153,13 @@ class _Again:
         return self._error.report("onnx", self._name, name, size, 0)
 
 
-def _quantized(rows: Floats, blockwise: Blockwise, pool: ThreadPoolExecutor) -> list[tuple[Quantized, Floats]]:
+def _quantized(
+    rows: Floats, blockwise: Blockwise, rounding: Rounding, pool: ThreadPoolExecutor
+) -> list[tuple[Quantized, Floats]]:
     """Pieces of consecutive rows: as they are stored, and what that is worth."""
 
-    def one(piece: Floats) -> tuple[Quantized, Floats]:
-        q = blockwise.quantize(piece)
+    def one(piece: Floats, scales: Floats | None) -> tuple[Quantized, Floats]:
+        q = blockwise.quantize(piece, scales)
         return q, blockwise.dequantize(q, piece.shape[1])
 
-    return in_pieces(pool, one, rows)
+    return in_pieces(pool, one, *rounding(blockwise, rows))
