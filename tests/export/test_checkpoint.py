@@ -123,6 +123,19 @@ def test_shards_and_order_do_not_change_the_fingerprint(model: Path, tmp_path: P
     assert fingerprint(*opened(tiny_llama(tmp_path, shard_size="30KB"))) == fingerprint(*opened(model))
 
 
+def test_a_block_that_is_computed_again_makes_another_model(tmp_path: Path) -> None:
+    once, twice = (tiny_llama(tmp_path / f"{n}", family="mobilellm", layer_repeats=n) for n in (1, 2))
+    assert (once / "model.safetensors").read_bytes() == (twice / "model.safetensors").read_bytes()
+    checkpoint, architecture = opened(twice)
+    lines = ["layer_repeats 2"]
+    for name, tensor in checkpoint.tensors.items():
+        content = b"".join(bits.tobytes() for bits in tensor.bit_chunks())
+        shape = ",".join(map(str, tensor.shape))
+        lines.append(f"{name} {tensor.dtype} {shape} {hashlib.sha256(content).hexdigest()}")
+    expected = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    assert fingerprint(checkpoint, architecture) == expected != fingerprint(*opened(once))
+
+
 def test_any_changed_weight_changes_the_fingerprint(model: Path, copy: Path) -> None:
     before = load_file(copy / "model.safetensors")["model.norm.weight"]
     edit_weights(copy, model__norm__weight=torch.cat([before[:-1], before[-1:] + 1e-6]))

@@ -19,11 +19,16 @@ from crayon_runtime.manifest import Architecture
 class Fingerprint:
     """The base fingerprint: SHA-256 over the sorted lines `name dtype shape sha256(bytes)`, joined by newlines.
 
-    The dtype is safetensors' name, the shape is written as `4096,4096`, the bytes are those of the row-major tensor.
+    The dtype is safetensors' name, the shape is written as `4096,4096`, the bytes are those of the row-major tensor. A model that computes
+    each block several times is another than one that computes it once, so there is the line `layer_repeats N`, too.
+
+    Args:
+        layer_repeats: how often in a row a block is computed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layer_repeats: int = 1) -> None:
         self._digests: dict[str, str] = {}
+        self._lines = [f"layer_repeats {layer_repeats}"] if layer_repeats > 1 else []
 
     def add(self, tensor: Tensor, sha256: str) -> None:
         shape = ",".join(map(str, tensor.shape))
@@ -33,7 +38,7 @@ class Fingerprint:
         return name in self._digests
 
     def hexdigest(self) -> str:
-        return hashlib.sha256("\n".join(sorted(self._digests.values())).encode()).hexdigest()
+        return hashlib.sha256("\n".join(sorted([*self._digests.values(), *self._lines])).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Checkpoint:
         checkpoint = Checkpoint.open(folder)
         architecture = read(checkpoint.config)
         checkpoint.check(architecture)
-        fingerprint = Fingerprint()
+        fingerprint = Fingerprint(architecture.layer_repeats)
         for name, shape in tensors(architecture):
             for start, rows in checkpoint.stream(name, fingerprint=fingerprint):
                 ...  # float32 [n, in_features]: rows start to start + n; yours to keep and to change
@@ -154,7 +159,7 @@ def fingerprint(
     Args:
         on_bytes: told how many bytes of the files were read since the last call.
     """
-    total = Fingerprint()
+    total = Fingerprint(architecture.layer_repeats)
     for name, _ in arch.tensors(architecture):
         tensor, sha256 = checkpoint.tensor(name), hashlib.sha256()
         for bits in tensor.bit_chunks():

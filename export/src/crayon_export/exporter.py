@@ -110,7 +110,7 @@ def run(
         recording = Recording.plan(encoder, p.golden_texts, p.context_length)
         calibration = p.calibration.sequences(encoder, p.context_length) if p.calibration else ()
 
-        fingerprint = Fingerprint()
+        fingerprint = Fingerprint(a.layer_repeats)
         variants = Variants()
         program: Filling | Official | None = None
         with ExitStack() as files:
