@@ -382,14 +382,12 @@ def train_lora(
     """
     import peft
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not texts:
         raise InvalidInput("there are no texts to train on", where=out)
     with atomic_directory(out, replace=replace) as folder:
-        models.register()
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        tokenizer = models.load_tokenizer(model_dir)
+        base = models.load(model_dir, torch.float32)
         torch.manual_seed(seed)
         configuration = peft.LoraConfig(
             r=rank, lora_alpha=alpha, target_modules=list(LINEARS), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"

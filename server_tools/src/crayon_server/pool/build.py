@@ -281,7 +281,6 @@ def build(
         OutputError: `out` exists and is not to be replaced, or something cannot be written.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     settings, say = settings or Settings(), say or (lambda _: None)
     name = pool_name(out)
@@ -294,10 +293,9 @@ def build(
     if _recipe(groups, settings) == "groups":
         _members(groups)
     fingerprint = training.base_fingerprint(model_dir)
-    models.register()
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = models.load_tokenizer(model_dir)
     dtype = torch.bfloat16 if place.mixed_precision == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
+    model = models.load(model_dir, dtype)
     pad_id, layers = training.pad_id(tokenizer), model.config.num_hidden_layers
     if settings.tap_layer is not None and not 0 <= settings.tap_layer <= layers:
         raise InvalidInput(f"tap layer {settings.tap_layer} is not one of 0 to {layers}")
