@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 
     from crayon_server.models.mobilellm import MobileLLMConfig, MobileLLMForCausalLM
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+"""What belongs to the tokenizer in a Hugging Face folder."""
+
 CONTEXT_LENGTH = 512
 """Of the nano models."""
 
