@@ -3,7 +3,7 @@
     loss = (1 - w) CE(student, label) + w T^2 KL(softmax(teacher / T) || softmax(student / T))
 
 T^2 keeps the size of the second term's gradients what it is at T = 1 (Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural
-Network", arXiv:1503.02531, section 2). MobileLLM (arXiv:2402.14905, section 4.4) found labels alone to be as good, and faster.
+Network", arXiv:1503.02531, section 2). MobileLLM's authors (arXiv:2402.14905) found labels alone to be as good, and faster.
 """
 
 from __future__ import annotations

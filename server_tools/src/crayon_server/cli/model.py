@@ -36,9 +36,19 @@ def model() -> None:
 @click.option(
     "--vocab-size", type=click.IntRange(min=3), help="Rows of the embedding.  [default: the tokenizer's, or 32000]"
 )
+@click.option(
+    "--layer-repeats", type=click.IntRange(min=1), help="Compute each block so often.  [default: 2 for ls, else 1]"
+)
 @click.option("--force", is_flag=True, help="Replace the folder at --out.")
 def create(
-    arch: str, out: Path, pretrained: bool, seed: int, tokenizer: Path | None, vocab_size: int | None, force: bool
+    arch: str,
+    out: Path,
+    pretrained: bool,
+    seed: int,
+    tokenizer: Path | None,
+    vocab_size: int | None,
+    layer_repeats: int | None,
+    force: bool,
 ) -> None:
     """Write a model folder of ARCH for transformers and `crayon export`.
 
@@ -48,8 +58,9 @@ def create(
 
     with quiet():
         models.create(
-            arch, out, pretrained=pretrained, seed=seed, replace=force, tokenizer=tokenizer, vocab_size=vocab_size
-        )
+            arch, out, pretrained=pretrained, seed=seed, replace=force, tokenizer=tokenizer, vocab_size=vocab_size,
+            layer_repeats=layer_repeats,
+        )  # fmt: skip
     if tokenizer is None and arch not in models.NANO:
         click.echo("it has no tokenizer: name one with --tokenizer here, or when it is exported", err=True)
     click.echo(out)

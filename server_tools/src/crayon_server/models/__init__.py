@@ -64,11 +64,12 @@ NANO = tuple(_NANO)
 ARCHITECTURES = (*NANO, *(f"{family}-{size}" for family in _REPEATS for size in _MOBILELLM))
 
 
-def config(name: str, *, vocab_size: int | None = None) -> MobileLLMConfig:
+def config(name: str, *, vocab_size: int | None = None, layer_repeats: int | None = None) -> MobileLLMConfig:
     """The transformers configuration of an architecture.
 
     Args:
         vocab_size: None: the benchmark's tokenizer's for the nano models, 32,000 for the others.
+        layer_repeats: how often each block is computed; None: twice for mobilellm-ls, else once.
 
     Raises:
         InvalidInput: there is no architecture of this name, or the vocabulary is too small for its special tokens.
@@ -86,6 +87,7 @@ def config(name: str, *, vocab_size: int | None = None) -> MobileLLMConfig:
             vocab_size=vocab_size or tokenizer.VOCAB_SIZE,
             max_position_embeddings=CONTEXT_LENGTH,
             initializer_range=0.05,
+            layer_repeats=layer_repeats or 1,
             pad_token_id=tokenizer.PAD_ID,
             bos_token_id=tokenizer.BOS_ID,
             eos_token_id=tokenizer.EOS_ID,
@@ -95,7 +97,7 @@ def config(name: str, *, vocab_size: int | None = None) -> MobileLLMConfig:
         **_fields(_MOBILELLM[size]),
         vocab_size=vocab_size or 32_000,
         pad_token_id=0,
-        layer_repeats=_REPEATS[family],
+        layer_repeats=layer_repeats or _REPEATS[family],
     )
 
 
@@ -152,13 +154,15 @@ def load_nano_server() -> Path:
     return Path(__file__).parent / "nano_server"
 
 
-def initialize(name: str, seed: int = 0, *, vocab_size: int | None = None) -> MobileLLMForCausalLM:
+def initialize(
+    name: str, seed: int = 0, *, vocab_size: int | None = None, layer_repeats: int | None = None
+) -> MobileLLMForCausalLM:
     """A model of an architecture with random weights (float32)."""
     import torch
 
     from crayon_server.models.mobilellm import MobileLLMForCausalLM
 
-    configuration = config(name, vocab_size=vocab_size)
+    configuration = config(name, vocab_size=vocab_size, layer_repeats=layer_repeats)
     torch.manual_seed(seed)
     return MobileLLMForCausalLM(configuration)
 
@@ -187,6 +191,7 @@ def create(
     replace: bool = False,
     tokenizer: Path | None = None,
     vocab_size: int | None = None,
+    layer_repeats: int | None = None,
 ) -> None:
     """Write a Hugging Face folder of an architecture, with random weights or with those that are shipped.
 
@@ -194,6 +199,7 @@ def create(
         tokenizer: a tokenizer.json, tokenizer.model or folder with one of them, to write beside the weights; None: the nano models get
             theirs, the others none.
         vocab_size: of random weights; None: that of `tokenizer`, or else as in `config`.
+        layer_repeats: of random weights, as in `config`.
 
     Raises:
         InvalidInput: there is no architecture of this name, or there are no weights of it.
@@ -205,29 +211,31 @@ def create(
         raise InvalidInput(
             f"no weights of {name} are shipped", do=f"leave out --pretrained; there are those of {', '.join(shipped)}"
         )
-    if pretrained and (tokenizer or vocab_size):
-        raise InvalidInput("the shipped weights have a tokenizer of their own", do="leave out --pretrained")
+    if pretrained and (tokenizer or vocab_size or layer_repeats):
+        raise InvalidInput(
+            "the shipped weights have a tokenizer of their own, and no shared layers", do="leave out --pretrained"
+        )
     if vocab_size and name in NANO and not tokenizer:
         raise InvalidInput(f"the vocabulary of {name} is its tokenizer's", do="give another --tokenizer as well")
     with atomic_directory(out, replace=replace) as folder:
         if pretrained and name in shipped:
             shutil.copytree(shipped[name], folder, dirs_exist_ok=True)
         elif tokenizer:
-            save_weights(_initialize_for(tokenizer, folder, name, seed, vocab_size), folder)
+            save_weights(_initialize_for(tokenizer, folder, name, seed, vocab_size, layer_repeats), folder)
         elif name in NANO:
-            save(initialize(name, seed), folder)
+            save(initialize(name, seed, layer_repeats=layer_repeats), folder)
         else:
-            save_weights(initialize(name, seed, vocab_size=vocab_size), folder)
+            save_weights(initialize(name, seed, vocab_size=vocab_size, layer_repeats=layer_repeats), folder)
 
 
 def _initialize_for(
-    tokenizer: Path, folder: Path, name: str, seed: int, vocab_size: int | None
+    tokenizer: Path, folder: Path, name: str, seed: int, vocab_size: int | None, layer_repeats: int | None
 ) -> MobileLLMForCausalLM:
     """A model for a tokenizer, which is copied into a folder."""
     from crayon_export.tokenizer import convert
 
     info = convert(tokenizer, folder, model_vocab_size=vocab_size or _MOST_TOKENS)
-    model = initialize(name, seed, vocab_size=vocab_size or info.vocab_size)
+    model = initialize(name, seed, vocab_size=vocab_size or info.vocab_size, layer_repeats=layer_repeats)
     eos = info.eos[0] if len(info.eos) == 1 else info.eos or None
     for settings in (model.config, model.generation_config):
         settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = info.bos, eos, info.pad

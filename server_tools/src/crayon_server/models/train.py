@@ -24,7 +24,7 @@ from crayon_server.checkpoints import Checkpoints, whole
 from crayon_server.distillation import load_teacher
 from crayon_server.losses import Log, Step, encode, plot
 from crayon_server.packing import Packed, write_tokens
-from crayon_server.pool.data import Corpus, Pair, stream, stream_plain
+from crayon_server.pool.data import Corpus, Pair, is_plain, stream, stream_plain
 from crayon_server.throughput import flops_per_token, measured_peak
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from crayon_server.training import Item, OnStep, Precision, Tokens
 
 FROM_NOTHING, FROM_A_FOLDER = 2e-3, 2e-4
-"""Peak learning rates: MobileLLM's (arXiv:2402.14905, section 3), and a tenth of it for weights that know something."""
+"""Peak learning rates: MobileLLM's (arXiv:2402.14905), and a tenth of it for weights that know something."""
 VALIDATION = 256
 """Sequences that the validation loss is of, at most."""
 LIBRARIES = ("accelerate", "torch", "transformers")
@@ -55,8 +55,8 @@ class Settings:
         learning_rate: the peak; None: `FROM_NOTHING` or `FROM_A_FOLDER`.
         warmup: steps; None: a twentieth of all.
         prompt_weight: of the loss of a record's prompt.
-        weight_decay: of matrices, that of the embedding among them, and not of the gains of norms, as in GPT-3's and Megatron-LM's
-            training and in nanoGPT.
+        weight_decay: of matrices, that of the embedding among them, and not of the gains of norms, as in Megatron-LM, nanoGPT and
+            transformers' Trainer.
         held_out: share of the texts that are not trained on, and that the validation loss is of.
         validate_every: steps; the last one always.
         distill_weight, temperature: see `crayon_server.distillation`, where there is a teacher.
@@ -291,7 +291,7 @@ def _read(
         raise InvalidInput(
             f"{settings.held_out} is no share of the texts that leaves some to train on", where="held-out"
         )
-    if _is_plain(sources[0], fields):
+    if ("text" in fields) if fields else is_plain(sources[0]):
         name = (fields or {}).get("text", "text")
         paths = [work / "train.tokens", work / "held-out.tokens"]
         for path, held_out in zip(paths, (False, True), strict=True):
@@ -312,17 +312,6 @@ def _read(
     return _Data(
         corpus, [text for text in held if len(text.ids) <= length][:VALIDATION], corpus.left_out, corpus.digest
     )
-
-
-def _is_plain(source: str, fields: Mapping[str, str] | None) -> bool:
-    """Whether the first text of a source is plain; one of neither kind is left to who reads it as a record, and says so."""
-    if fields is not None:
-        return "text" in fields
-    try:
-        next(stream_plain(source), None)
-    except InvalidInput:
-        return False
-    return True
 
 
 def _chosen(texts: Iterator[Item], settings: Settings, *, held_out: bool) -> Iterator[Item]:

@@ -95,6 +95,17 @@ def stream_plain(source: str | os.PathLike[str], field: str = "text") -> Iterato
         yield value.text
 
 
+def is_plain(source: str) -> bool:
+    """Whether it is a .txt file, or its first text has the field "text"."""
+    if _TXT.search(source):
+        return True
+    try:
+        next(stream_plain(source), None)
+    except InvalidInput:  # which reading it as prompts and completions will raise again, if it is of neither kind
+        return False
+    return True
+
+
 def parse_fields(text: str, known: Sequence[str] = FIELDS) -> dict[str, str]:
     """ "prompt=question,completion=answer" -> {"prompt": "question", "completion": "answer"}.
 
