@@ -26,6 +26,7 @@ NAMES = (
     "service",
     "customization",
     "routing",
+    "training",
     "ablation",
     "llama7b",
     "pte",

@@ -7,6 +7,7 @@ they depend on, so that other texts or settings never find old ones.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -143,7 +144,7 @@ def train(
     """Train a model on texts, and write its Hugging Face folder with `loss.jsonl`, `loss.svg` and `training.json`.
 
     Args:
-        start: the name of an architecture, for random weights; or a Hugging Face folder.
+        start: the name of an architecture, for random weights; or a Hugging Face folder, which a path always is.
         sources: of plain text or of prompts and completions, all of one kind; see `crayon_server.pool.data`.
         work: a folder for tokens and checkpoints, from which a training that was killed goes on; all processes see it.
         fields: what "text", or prompt and completion, are called in the sources, where they are called otherwise.
@@ -168,7 +169,7 @@ def train(
     kind, stored, config = type(student), student.dtype, student.config
     length = min(settings.context_length or config.max_position_embeddings, config.max_position_embeddings)
     data = _read(words, sources, fields, length, work, settings, place)
-    options = _options(settings, len(data.texts), random=folder != start)
+    options = _options(settings, len(data.texts), random=start in models.ARCHITECTURES)
     guide = None
     if teacher is not None:
         guide = load_teacher(
@@ -240,7 +241,7 @@ def _options(settings: Settings, texts: int, *, random: bool) -> training.Option
 
 def _start(start: str | Path, work: Path, seed: int, tokenizer: Path | None, place: Accelerator) -> Path:
     """The folder of a model, made where a name says which."""
-    if str(start) not in models.ARCHITECTURES:
+    if start not in models.ARCHITECTURES:
         if not Path(start).is_dir():
             known = ", ".join(models.ARCHITECTURES)
             raise InvalidInput(f"there is no architecture and no folder {str(start)!r}", do=f"choose one of {known}")
@@ -268,8 +269,8 @@ def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def _digest(folder: Path) -> str:
     """SHA-256 over what a model and its tokenizer are made of, in hex."""
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"])
-    hashes = [sha256_file(file) for file in files if file.exists()]
+    names = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "tokenizer.model")
+    hashes = [sha256_file(file) for name in names for file in sorted(folder.glob(name))]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -308,10 +309,9 @@ def _read(
         return _chosen((Pair(line.prompt, line.completion) for line in lines), settings, held_out=held_out)
 
     corpus = Corpus(tokenizer, pairs(held_out=False), length)
-    held = [training.tokenize(tokenizer, pair) for pair in pairs(held_out=True)]
-    return _Data(
-        corpus, [text for text in held if len(text.ids) <= length][:VALIDATION], corpus.left_out, corpus.digest
-    )
+    held = (training.tokenize(tokenizer, pair) for pair in pairs(held_out=True))
+    validation = list(itertools.islice((text for text in held if len(text.ids) <= length), VALIDATION))
+    return _Data(corpus, validation, corpus.left_out, corpus.digest)
 
 
 def _chosen(texts: Iterator[Item], settings: Settings, *, held_out: bool) -> Iterator[Item]:
