@@ -177,7 +177,7 @@ def _train(
     renamed = parse_fields(fields, (*FIELDS, *PLAIN)) if fields else None
     place = training.accelerator(settings.mixed_precision)
     main = place.is_main_process
-    with quiet(), work_folder(work, out, "training-*", remove=main) as folder, ExitStack() as stack:
+    with quiet(), work_folder(work, out, "training-*/checkpoint", remove=main) as folder, ExitStack() as stack:
 
         def on_start(steps: int) -> None:
             if main:

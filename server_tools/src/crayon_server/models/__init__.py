@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from crayon_runtime.errors import InvalidInput
+from crayon_runtime.errors import InvalidInput, OutputError
 from crayon_runtime.files import atomic_directory
 
 if TYPE_CHECKING:
@@ -176,8 +176,17 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
 
 
 def save_weights(model: LlamaForCausalLM, folder: Path) -> None:
-    """Write a model without a tokenizer as a Hugging Face folder."""
-    model.save_pretrained(folder)
+    """Write a model without a tokenizer as a Hugging Face folder.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as e:  # it says in words what the system said
+        raise OutputError(f"the model cannot be written: {e}", where=folder, do="free some space") from e
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes it for its owner alone
 
