@@ -59,7 +59,8 @@ def program(code: str, *arguments: object, processes: int = 1) -> subprocess.Com
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     script = Path(str(arguments[0])) / "program.py"
     script.write_text(textwrap.dedent(code))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *(launcher if processes > 1 else []), str(script), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 

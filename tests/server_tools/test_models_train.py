@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,8 @@ from crayon_runtime.errors import InvalidInput, OutputError
 from crayon_server import models, training
 from crayon_server.cli import model as cli_model
 from crayon_server.data import phone_assistant as pa
-from tests.support import ROOT, needs
+from tests.server_tools.test_checkpoints import program
+from tests.support import needs
 
 torch = needs.module("torch")
 transformers = needs.module("transformers")
@@ -210,7 +207,7 @@ KILLED = """
     from pathlib import Path
     from tests.server_tools.test_models_train import SETTINGS, run
 
-    folder, place, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    place, folder, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 
     def on_step(step, loss):
         if step == last:
@@ -220,24 +217,11 @@ KILLED = """
 """
 
 
-def program(code: str, *arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    script = Path(str(arguments[1])) / "program.py"
-    script.write_text(textwrap.dedent(code))
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    command = [sys.executable, *(launcher if processes > 1 else []), str(script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(folder, whole, tmp_path) -> None:
     """After step 3, between two checkpoints, and after step 6, on one: all losses and all bits are the same."""
     for last in (3, 6):
-        done = program(KILLED, folder, tmp_path, last)
+        done = program(KILLED, tmp_path, folder, last)
         assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "out").exists()
     told: list[tuple[int, float]] = []
@@ -263,7 +247,7 @@ SHARDED = """
     from crayon_server import training
     from tests.server_tools.test_models_train import run
 
-    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    out, folder = Path(sys.argv[1]), Path(sys.argv[2])
     place = training.accelerator()
     assert place.num_processes == 2
     run(folder, out, name="two", place=place)
@@ -286,7 +270,7 @@ SHARDED = """
 
 @pytest.mark.slow
 def test_two_processes_and_a_sharded_model_learn_what_one_does(folder, whole, tmp_path) -> None:
-    done = program(SHARDED, folder, tmp_path, processes=2)
+    done = program(SHARDED, tmp_path, folder, processes=2)
     assert done.returncode == 0, done.stderr
     for name in ("two", "sharded"):
         found, expected = log(tmp_path / name), log(whole)
