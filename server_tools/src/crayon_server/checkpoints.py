@@ -143,6 +143,6 @@ def _set_random_state(state: torch.Tensor, place: Accelerator) -> None:
     import torch
 
     size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size])
+    torch.set_rng_state(state[:size].clone())  # torch takes no part of a larger tensor: it reads where that begins
     if place.device.type == "cuda" and len(state) > size:
-        torch.cuda.set_rng_state(state[size:], place.device)
+        torch.cuda.set_rng_state(state[size:].clone(), place.device)
