@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import interleaved
 from benchmarks.table import Row
 from crayon_runtime.manifest import LINEARS
-from crayon_server import training
+from crayon_server import models, training
 from crayon_server.data import phone_assistant
-from crayon_server.models import load_nano
 from crayon_server.pool.joint import JointLoras
 from crayon_server.training import Tokens
 
@@ -26,11 +25,11 @@ THREADS = 1
 
 
 def run(_work: Path) -> Iterator[Row]:
-    nano = load_nano()
-    tokenizer = AutoTokenizer.from_pretrained(nano)
+    nano = models.load_nano()
+    tokenizer = models.load_tokenizer(nano)
     examples = [e for user in phone_assistant.benchmark().train[:16] for e in user.examples[:4]]
     texts = [training.tokenize(tokenizer, e) for e in examples]
-    yield _row("nano, 64 texts", lambda: AutoModelForCausalLM.from_pretrained(nano, dtype=torch.float32), texts)
+    yield _row("nano, 64 texts", lambda: models.load(nano, torch.float32), texts)
     rng = np.random.default_rng(0)
     long = [Tokens(rng.integers(3, 4000, 64).tolist(), [i >= 32 for i in range(64)]) for _ in range(16)]
     yield _row("LLaMA of 4 x 512, 16 texts of 64 tokens", _random, long)

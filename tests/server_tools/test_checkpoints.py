@@ -59,7 +59,8 @@ def program(code: str, *arguments: object, processes: int = 1) -> subprocess.Com
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     script = Path(str(arguments[0])) / "program.py"
     script.write_text(textwrap.dedent(code))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *(launcher if processes > 1 else []), str(script), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -130,7 +131,7 @@ PROCESSES = """
     import numpy as np, torch
     from pathlib import Path
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from crayon_server import training
     from crayon_server.pool import data, embeddings
     from crayon_server.pool.build import build
@@ -149,7 +150,7 @@ PROCESSES = """
         fsdp_version=2, reshard_after_forward=True, cpu_ram_efficient_loading=False,
         auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
     )
-    model = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32).eval()
+    model = models.load(NANO, torch.float32)
     size = sum(p.numel() for p in model.parameters())
     model = training.put(model, place)
     assert sum(p.to_local().numel() for p in model.parameters()) < 0.51 * size
@@ -169,7 +170,7 @@ OPTIONS = training.Options(4, 8e-3, gradient_checkpointing=True, threads=1)
 
 @pytest.mark.slow
 def test_two_processes_and_a_sharded_base_give_the_result_of_one(tmp_path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from crayon_runtime.pool import Pool
     from crayon_server.pool import data, indicators
@@ -187,7 +188,7 @@ def test_two_processes_and_a_sharded_base_give_the_result_of_one(tmp_path) -> No
     losses = [float(line.split(b":")[-1].rstrip(b"}\n")) for line in (tmp_path / "pool/loss.jsonl").open("rb")]
     np.testing.assert_allclose(losses, of_one, atol=1e-6)
 
-    model = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32).eval()
+    model = models.load(NANO, torch.float32)
     corpus = data.Corpus(AutoTokenizer.from_pretrained(NANO), TEXTS[:33], 512)
     answer = indicators.embed(model, corpus, 4, pad_id=0).answer
     loras = JointLoras(model, 3, 2, scale=2.0, seed=0)

@@ -10,7 +10,18 @@ import pytest
 
 from crayon_runtime.errors import InvalidInput
 from crayon_server import models, training
-from crayon_server.pool.data import Corpus, Line, Pair, Texts, parse_fields, read_texts, stream
+from crayon_server.pool import data
+from crayon_server.pool.data import (
+    Corpus,
+    Line,
+    Pair,
+    Texts,
+    is_plain,
+    parse_fields,
+    read_texts,
+    stream,
+    stream_plain,
+)
 from tests.support import needs
 
 fsspec = needs.module("fsspec")
@@ -169,3 +180,47 @@ def test_a_corpus_holds_what_tokenize_gives() -> None:
         Corpus(tokenizer, PAIRS, 3)
     with pytest.raises(InvalidInput, match="no texts"):
         Corpus(tokenizer, [], 3)
+
+
+# Plain texts
+
+PLAIN = [f"été {i}\nand a second line" for i in range(7)]
+
+
+def test_plain_texts_are_the_same_from_every_place(tmp_path) -> None:
+    rows = [{"passage": text, "id": i} for i, text in enumerate(PLAIN)]
+    joined = "\n\n".join(PLAIN).encode()
+    (tmp_path / "d.txt").write_bytes(joined)
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf\r\n" + joined.replace(b"\n", b"\r\n") + b"\r\n \r\n")
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"\n\n" + joined))
+    (tmp_path / "d.jsonl").write_bytes(lines(rows))
+    table(rows, tmp_path / "d.parquet")
+    needs.module("datasets").Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for path in tmp_path.iterdir():
+        assert list(stream_plain(path, "passage")) == PLAIN, path
+
+
+def test_a_text_of_many_characters_is_cut_and_nothing_of_it_is_lost(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(data, "LONGEST", 7)
+    text = "äöü€😀" * 20 + "\n" + "b" * 30
+    (tmp_path / "d.txt").write_text(text)
+    pieces = list(stream_plain(tmp_path / "d.txt"))
+    assert "".join(pieces) == text.replace("\n", "") or "".join(pieces) == text
+    assert max(map(len, pieces)) <= 7
+
+
+@pytest.mark.parametrize("content, line", [(b"one\n\ntwo\xff\n", 3), (b"one\ncut \xe2\x82", 2)])
+def test_what_is_not_utf_8_is_named_with_its_line(tmp_path, content: bytes, line: int) -> None:
+    (tmp_path / "d.txt").write_bytes(content)
+    with pytest.raises(InvalidInput, match="not UTF-8") as e:
+        list(stream_plain(tmp_path / "d.txt"))
+    assert e.value.where == f"{tmp_path}/d.txt, line {line}"
+
+
+def test_what_is_plain(tmp_path) -> None:
+    (tmp_path / "plain.jsonl").write_bytes(lines([{"text": "a"}]))
+    (tmp_path / "records.jsonl").write_bytes(lines(ROWS))
+    assert is_plain("anything.txt.gz")
+    assert is_plain(str(tmp_path / "plain.jsonl"))
+    assert not is_plain(str(tmp_path / "records.jsonl"))
+    assert not is_plain(str(tmp_path / "absent.jsonl"))

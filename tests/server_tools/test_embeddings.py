@@ -28,7 +28,7 @@ TEXTS = [Pair(e.prompt, e.completion) for user in pa.benchmark().train[:4] for e
 @pytest.fixture(scope="module")
 def nano() -> SimpleNamespace:
     tokenizer = transformers.AutoTokenizer.from_pretrained(NANO)
-    model = transformers.AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32).eval()
+    model = models.load(NANO, torch.float32)
     corpus = Corpus(tokenizer, TEXTS, 512)
     place = training.accelerator()
     embedder = embeddings.with_model(model, corpus, 3, pad_id=0)

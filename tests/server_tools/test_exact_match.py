@@ -7,9 +7,9 @@ import itertools
 import pytest
 
 from crayon_runtime.errors import InvalidInput
+from crayon_server import models
 from crayon_server.data import phone_assistant as pa
 from crayon_server.evaluate import exact_match
-from crayon_server.models import load_nano
 from tests.support import needs
 
 QUERIES = pa.benchmark().validation[35].queries[:6]
@@ -30,7 +30,7 @@ def test_nothing_to_judge() -> None:
 
 
 def test_no_completion_is_longer_than_what_may_be_generated() -> None:
-    tokenizer = needs.module("tokenizers").Tokenizer.from_file(str(load_nano() / "tokenizer.json"))
+    tokenizer = needs.module("tokenizers").Tokenizer.from_file(str(models.load_nano() / "tokenizer.json"))
     examples = itertools.islice(pa.stream("longest", domains=(*pa.DOMAINS, *pa.SERVER_ONLY)), 5000)
     longest = max(len(tokenizer.encode(e.completion, add_special_tokens=False).ids) + 1 for e in examples)
     assert longest < exact_match.MAX_NEW_TOKENS
@@ -41,10 +41,12 @@ def test_a_float_bundle_and_transformers_agree(tmp_path) -> None:
     from crayon_export import export
     from crayon_runtime import Engine
 
-    export(load_nano(), tmp_path / "bundle", backend="onnx", quantize="none")
+    export(models.load_nano(), tmp_path / "bundle", backend="onnx", quantize="none")
     with Engine.load(tmp_path / "bundle", threads=1) as engine:
         on_device = exact_match.evaluate(engine, QUERIES)
-    model = transformers.AutoModelForCausalLM.from_pretrained(load_nano(), dtype=torch.float32).eval()
-    reference = exact_match.evaluate_float(model, transformers.AutoTokenizer.from_pretrained(load_nano()), QUERIES)
+    model = models.load(models.load_nano(), torch.float32)
+    reference = exact_match.evaluate_float(
+        model, transformers.AutoTokenizer.from_pretrained(models.load_nano()), QUERIES
+    )
     assert on_device.answers == reference.answers
     assert on_device.log_loss == pytest.approx(reference.log_loss, abs=1e-4)

@@ -35,7 +35,7 @@ def grouped(groups: int = 6, each: int = 40, d: int = 12) -> tuple[np.ndarray, l
 def test_means_are_those_of_each_text_alone() -> None:
     """Padding and batches change nothing; the ranges are bos + prompt, and completion without end of sequence."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(NANO)
-    model = transformers.AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32).eval()
+    model = models.load(NANO, torch.float32)
     texts = [training.tokenize(tokenizer, e) for e in pa.benchmark().validation[0].examples]
     embedded = indicators.embed(model, texts, 3, pad_id=0, batch_size=4)
     for i, text in enumerate(texts):

@@ -35,7 +35,7 @@ ALPHA = [0.6, 0.3, 0.1]
 
 
 def base():
-    return transformers.AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32).eval()
+    return models.load(NANO, torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,7 @@ def test_merged_and_switched_on_are_one_model_in_float(desk, mode: str, switched
 
 def test_both_are_what_transformers_and_peft_say(desk) -> None:
     """And not what the base says: an adapter that is dropped on the way would be one model with itself."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32).eval()
+    model = models.load(NANO, torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(NANO)
 
     def logits(model) -> np.ndarray:

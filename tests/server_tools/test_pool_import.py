@@ -57,7 +57,7 @@ KINDS = [
 
 
 def base():
-    return transformers.AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32).eval()
+    return models.load(NANO, torch.float32)
 
 
 def write_lora(path: Path, seed: int, dtype=torch.float32, model=None, **config: object) -> Path:

@@ -66,7 +66,7 @@ def test_weights_of_a_batch() -> None:
 
 
 def test_padding_changes_no_loss(tokenizer) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
+    model = models.load(NANO, torch.float32)
     texts = [training.tokenize(tokenizer, e) for e in USER.examples]
     with torch.inference_mode():
         together = training.token_losses(model, training.collate(texts, 0, 0.0))
@@ -119,7 +119,7 @@ def test_training_learns_and_repeats_itself() -> None:
 def test_pretraining_writes_a_model_folder(tmp_path) -> None:
     losses = pretrain("nano", tmp_path / "m", steps=2, threads=1)
     assert len(losses) == 2
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    models.load(tmp_path / "m")
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == sorted(path.name for path in NANO.iterdir())
     with pytest.raises(OutputError):
         pretrain("nano", tmp_path / "m", steps=2)
@@ -144,9 +144,9 @@ def test_a_lora_learns(lora) -> None:
 def test_peft_loads_what_was_written(lora, tokenizer) -> None:
     """Logits through PEFT are those of W + (alpha / r) B A, from the tensors in the file."""
     batch = training.collate([training.tokenize(tokenizer, e) for e in USER.queries[:8]], 0, 0.0)
-    base = transformers.AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
+    base = models.load(NANO, torch.float32)
     tensors = needs.module("safetensors.torch").load_file(lora.path / "adapter_model.safetensors")
-    merged = transformers.AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
+    merged = models.load(NANO, torch.float32)
     state = merged.state_dict()
     for name, a in tensors.items():
         if "lora_A" in name:

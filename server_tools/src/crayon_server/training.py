@@ -1,7 +1,8 @@
-"""One training loop, for pre-training the embedded models and for fine-tuning LoRAs.
+"""One training loop, for pre-training and fine-tuning models, and for LoRAs.
 
 A text is a prompt and a completion. The loss is the mean cross-entropy of their tokens, those of the prompt weighted by
-`prompt_weight`: 0.2 in pre-training (so that the model also learns what is said), 0 for LoRAs. AdamW, linear warm-up, cosine decay.
+`prompt_weight`: 0 for LoRAs, 0.2 for the embedded models (so that they also learn what is said), 1 where there is no prompt.
+AdamW, linear warm-up, cosine decay.
 
 Where it runs is accelerate's business: one CPU, one GPU, or the processes of `accelerate launch`. A batch is the same everywhere; it is
 split into as many parts as there are processes and steps of gradient accumulation, and the loss of each part is divided by the token
@@ -14,12 +15,13 @@ import contextlib
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from crayon_runtime.errors import InvalidInput
 from crayon_runtime.files import atomic_directory
 from crayon_runtime.manifest import LINEARS
 from crayon_server import models
+from crayon_server.checkpoints import whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,11 +40,17 @@ if TYPE_CHECKING:
     OnPart = Callable[[slice], None]
     """Called before the model sees a part of a batch, with the texts of the batch that are in it."""
 
+    LossOf = Callable[[torch.nn.Module, "Batch"], torch.Tensor]
+    """The loss of every token of a batch but the first, float32 [B, T - 1], as `token_losses`."""
+
 Item = TypeVar("Item")
 Precision = Literal["no", "bf16"]
 
 FINAL_RATE = 0.05
-"""What the learning rate decays to, as a fraction of its peak."""
+"""What the learning rate of LoRAs and of the embedded models decays to, as a fraction of its peak."""
+
+BUCKET = 1 << 26
+"""Numbers that processes sum at once."""
 
 
 class Text(Protocol):
@@ -78,8 +86,10 @@ class Options:
 
     Attributes:
         steps: optimizer steps.
-        learning_rate: the peak, reached after `warmup` steps; it decays to `FINAL_RATE` of that.
+        learning_rate: the peak, reached after `warmup` steps; it decays to `final_rate` of that.
+        cosine_after_warmup: the cosine begins where warm-up ends, as is usual; else it is over all steps, and warm-up is a factor.
         prompt_weight: of a prompt token's loss, where a completion token's is 1.
+        decay_vectors: whether weight decay is also for what has one dimension, such as the gains of norms.
         gradient_accumulation: parts that each process runs its share of a batch in: less memory, the same result.
         gradient_checkpointing: activations are computed again in the backward pass: less memory, more time.
         threads: of torch; None leaves its default.
@@ -88,8 +98,11 @@ class Options:
     steps: int
     learning_rate: float
     warmup: int = 20
+    final_rate: float = FINAL_RATE
+    cosine_after_warmup: bool = False
     prompt_weight: float = 0.0
     weight_decay: float = 0.0
+    decay_vectors: bool = True
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
     seed: int = 0
@@ -123,15 +136,15 @@ def accelerator(precision: Precision | None = None) -> Accelerator:
     return place
 
 
-def put(model: torch.nn.Module, place: Accelerator) -> torch.nn.Module:
-    """A frozen base where it runs: on the device of this process, or sharded over those of all, if accelerate is configured for FSDP.
+def put(model: torch.nn.Module, place: Accelerator, *, frozen: bool = True) -> torch.nn.Module:
+    """A model where it runs: on the device of this process, or sharded over those of all, if accelerate is configured for FSDP.
 
     Raises:
         InvalidInput: accelerate is configured for FSDP version 1.
     """
     from accelerate.utils import DistributedType, fsdp2_prepare_model
 
-    model.requires_grad_(False)
+    model.requires_grad_(not frozen)
     if place.distributed_type is not DistributedType.FSDP:
         return model.to(place.device)
     if not place.is_fsdp2:
@@ -175,11 +188,42 @@ def collate(texts: Sequence[Tokens], pad_id: int, prompt_weight: float) -> Batch
 
 def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy of every token but the first, given those before it: float32 [B, T - 1], in nats."""
-    import torch.nn.functional as F  # noqa: N812 - everyone's name for it
-
     logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
     targets = batch.ids[:, 1:]
+    return cross_entropy(logits, targets)
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Of logits [B, T, V] and int64 [B, T]: float32 [B, T], in nats."""
+    import torch.nn.functional as F  # noqa: N812 - everyone's name for it
+
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+
+
+def mean_loss(
+    model: torch.nn.Module,
+    texts: Sequence[Tokens],
+    *,
+    batch_size: int,
+    pad_id: int,
+    prompt_weight: float,
+    place: Accelerator,
+) -> float:
+    """Cross-entropy of texts that are not trained on, in nats per weighted token; every process computes all of it."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    loss = weight = 0.0
+    with torch.no_grad():
+        for begin in range(0, len(texts), batch_size):
+            batch = collate(texts[begin : begin + batch_size], pad_id, prompt_weight)
+            batch = Batch(*(tensor.to(place.device) for tensor in batch))
+            with place.autocast():
+                loss += (token_losses(model, batch) * batch.weights[:, 1:]).sum().item()
+            weight += batch.weights[:, 1:].sum().item()
+    model.train(was_training)
+    return loss / weight
 
 
 def epochs(texts: Sequence[Item], batch_size: int, seed: int) -> Iterator[list[Item]]:
@@ -206,6 +250,7 @@ def train(
     parameters: Sequence[torch.nn.Parameter] | None = None,
     place: Accelerator | None = None,
     checkpoints: Checkpoints | None = None,
+    loss_of: LossOf | None = None,
 ) -> list[float]:
     """Train in place.
 
@@ -213,15 +258,16 @@ def train(
         batches: at least `options.steps` of them, the same in every process.
         on_step: called after every step; at once for those that a checkpoint has.
         on_part: see `OnPart`.
-        parameters: what to train, whole in every process; None: what of the model requires gradients.
+        parameters: what to train, whole in every process or sharded by `put`; None: what of the model requires gradients.
         place: where; None: `accelerator()`. What is trained on a GPU goes back to where it was.
         checkpoints: where to go on from, and to save to; None: from the beginning.
+        loss_of: what is minimized; None: `token_losses`.
 
     Returns:
         The loss of each step, in nats per weighted token.
 
     Raises:
-        InvalidInput: a batch has fewer texts than parts, or the loss is no longer finite.
+        InvalidInput: a batch has fewer texts than parts, or the loss or its gradient is no longer finite: then nothing is saved.
     """
     import torch
 
@@ -229,9 +275,7 @@ def train(
     parameters = parameters or [p for p in model.parameters() if p.requires_grad]
     losses: list[float] = []
     with threads(options.threads), _on_device(model, parameters, place.device), _training(model, options):
-        optimizer = torch.optim.AdamW(
-            parameters, lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
-        )
+        optimizer = torch.optim.AdamW(_decay_groups(parameters, options), lr=options.learning_rate, betas=options.betas)
         if checkpoints:
             losses = checkpoints.load(parameters, optimizer, place)
         for step, loss in enumerate(losses, 1):
@@ -244,11 +288,17 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * rate(step, options)
             optimizer.zero_grad()
-            whole = collate(next(batches), pad_id, options.prompt_weight)
-            loss = _reduce(_backward(model, whole, options, place, on_part), parameters, place)
-            if not math.isfinite(loss):
-                raise InvalidInput(f"the loss of step {step + 1} is {loss}", do="train at a lower learning rate")
-            torch.nn.utils.clip_grad_norm_(parameters, options.clip)
+            batch = collate(next(batches), pad_id, options.prompt_weight)
+            shares = _backward(model, batch, options, place, on_part, loss_of or token_losses, parameters)
+            loss = _reduce(shares, parameters, place)
+            norm = whole(torch.nn.utils.clip_grad_norm_(parameters, options.clip)).item()
+            if not math.isfinite(loss + norm):
+                what = "gradient" if math.isfinite(loss) else "loss"
+                raise InvalidInput(
+                    f"the {what} of step {step + 1} is not finite",
+                    where=checkpoints.folder if checkpoints else None,
+                    do="train at a lower learning rate" + ("; the last checkpoint is kept" if checkpoints else ""),
+                )
             optimizer.step()
             losses.append(loss)
             if checkpoints and checkpoints.due(step + 1, options.steps):
@@ -258,27 +308,43 @@ def train(
     return losses
 
 
+def _decay_groups(parameters: Sequence[torch.nn.Parameter], options: Options) -> list[dict[str, Any]]:
+    """Parameters by their weight decay, for AdamW."""
+    groups = [
+        {"params": [p for p in parameters if (p.ndim < 2) == vectors], "weight_decay": decay}
+        for vectors, decay in ((False, options.weight_decay), (True, options.weight_decay * options.decay_vectors))
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def _backward(
-    model: torch.nn.Module, whole: Batch, options: Options, place: Accelerator, on_part: OnPart | None
+    model: torch.nn.Module,
+    batch: Batch,
+    options: Options,
+    place: Accelerator,
+    on_part: OnPart | None,
+    loss_of: LossOf,
+    parameters: Sequence[torch.nn.Parameter],
 ) -> torch.Tensor:
     """Add the gradients of this process's share of a batch; the share's part of the loss is returned."""
     import torch
 
+    sharing = place.num_processes if _sharded(parameters) else 1  # FSDP's gradients are means over processes
     count = place.num_processes * options.gradient_accumulation
-    if len(whole.ids) < count:
-        raise InvalidInput(f"a batch of {len(whole.ids)} texts cannot be split into {count} parts", where="batch size")
-    total = whole.weights[:, 1:].sum().to(place.device)
-    bounds = [i * len(whole.ids) // count for i in range(count + 1)]
+    if len(batch.ids) < count:
+        raise InvalidInput(f"a batch of {len(batch.ids)} texts cannot be split into {count} parts", where="batch size")
+    total = batch.weights[:, 1:].sum().to(place.device)
+    bounds = [i * len(batch.ids) // count for i in range(count + 1)]
     losses = []
     for i in range(options.gradient_accumulation):
         first = place.process_index * options.gradient_accumulation + i
         part = slice(bounds[first], bounds[first + 1])
         if on_part:
             on_part(part)
-        batch = _part(whole, part, place.device)
+        mine = _part(batch, part, place.device)
         with place.autocast():
-            loss = (token_losses(model, batch) * batch.weights[:, 1:]).sum() / total
-        place.backward(loss)
+            loss = (loss_of(model, mine) * mine.weights[:, 1:]).sum() / total
+        place.backward(loss * sharing)
         losses.append(loss.detach())
     return torch.stack(losses).sum()
 
@@ -293,17 +359,38 @@ def _part(whole: Batch, rows: slice, device: torch.device) -> Batch:
 def _reduce(loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter], place: Accelerator) -> float:
     """Sum loss and gradients over all processes.
 
-    Not by a wrapper of accelerate's: what is trained is small, and is whole in every process, even where the base is sharded.
+    Not by a wrapper of accelerate's: LoRAs are whole in every process, even where the base is sharded. What is sharded itself has its
+    sums already.
     """
     import torch
 
-    if place.num_processes > 1:
-        shares = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = place.reduce(torch.cat([loss.reshape(1).float(), *(share.flatten() for share in shares)]), "sum")
-        loss, sums = flat[0], flat[1:].split([share.numel() for share in shares])
-        for parameter, summed in zip(parameters, sums, strict=True):
-            parameter.grad = summed.view_as(parameter).clone()
-    return loss.item()
+    if place.num_processes == 1:
+        return loss.item()
+    if not _sharded(parameters):
+        for bucket in _buckets(parameters):
+            shares = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            flat = place.reduce(torch.cat([share.flatten() for share in shares]), "sum")
+            for parameter, summed in zip(bucket, flat.split([share.numel() for share in shares]), strict=True):
+                parameter.grad = summed.view_as(parameter).clone()
+    total: float = place.reduce(loss.reshape(1).float(), "sum").item()
+    return total
+
+
+def _sharded(parameters: Sequence[torch.nn.Parameter]) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameters[0], DTensor)
+
+
+def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """Parameters in order, together where they have no more than `BUCKET` numbers."""
+    bucket: list[torch.nn.Parameter] = []
+    for parameter in parameters:
+        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    yield bucket
 
 
 @contextlib.contextmanager
@@ -344,9 +431,12 @@ def _training(model: torch.nn.Module, options: Options) -> Iterator[None]:
 
 def rate(step: int, options: Options) -> float:
     """The learning rate of a step, as a fraction of its peak."""
-    warmup = min(1.0, (step + 1) / options.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * step / options.steps))
-    return warmup * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
+    warmup = min(1.0, (step + 1) / max(1, options.warmup))
+    done = step / options.steps
+    if options.cosine_after_warmup:
+        done = max(0, step + 1 - options.warmup) / max(1, options.steps - options.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return warmup * (options.final_rate + (1 - options.final_rate) * cosine)
 
 
 def train_lora(
@@ -382,14 +472,12 @@ def train_lora(
     """
     import peft
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not texts:
         raise InvalidInput("there are no texts to train on", where=out)
     with atomic_directory(out, replace=replace) as folder:
-        models.register()
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        tokenizer = models.load_tokenizer(model_dir)
+        base = models.load(model_dir, torch.float32)
         torch.manual_seed(seed)
         configuration = peft.LoraConfig(
             r=rank, lora_alpha=alpha, target_modules=list(LINEARS), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import ERROR, getLogger
+from pathlib import Path
 
 
 @contextmanager
@@ -25,3 +27,21 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
+
+
+@contextmanager
+def work_folder(work: Path | None, out: Path, computed: str, *, remove: bool) -> Iterator[Path]:
+    """The folder of --work; or one beside the result, which goes when the result is there, or when nothing was computed.
+
+    Args:
+        computed: a pattern of the paths in it that are worth keeping.
+        remove: whether this process does so.
+    """
+    folder = work or out.with_name(f"{out.name}.work")
+    finished = False
+    try:
+        yield folder
+        finished = True
+    finally:
+        if work is None and remove and (finished or not any(folder.glob(computed))):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +21,7 @@ from crayon_runtime.cli.common import (
     size_text,
 )
 from crayon_runtime.errors import InvalidInput
-from crayon_server.cli import quiet
+from crayon_server.cli import quiet, work_folder
 from crayon_server.pool.build import TEMPERATURE
 from crayon_server.pool.prototypes import PER_CLUSTER
 
@@ -134,7 +133,11 @@ def build(
     check_out(out, replace=force)
     renamed = parse_fields(fields) if fields else None
     place = training.accelerator(settings.mixed_precision)
-    with quiet(), _work_folder(work, out, remove=place.is_main_process) as folder, _bars(settings.steps, place) as bars:
+    with (
+        quiet(),
+        work_folder(work, out, "embeddings-*", remove=place.is_main_process) as folder,
+        _bars(settings.steps, place) as bars,
+    ):
         if place.is_main_process:
             Texts.write(data, folder / TEXTS, renamed)
         place.wait_for_everyone()
@@ -169,19 +172,6 @@ def build(
         )
     else:
         print_text(f"loss {manifest.settings['final_loss']:.4f} nats per answer token, mean of the last steps\n{out}")
-
-
-@contextmanager
-def _work_folder(work: Path | None, out: Path, *, remove: bool) -> Iterator[Path]:
-    """The folder of --work; or one beside the pool, which goes when the pool is there, or when nothing was computed."""
-    folder = work or out.with_name(f"{out.name}.work")
-    finished = False
-    try:
-        yield folder
-        finished = True
-    finally:
-        if work is None and remove and (finished or not any(folder.glob("embeddings-*"))):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Bars:

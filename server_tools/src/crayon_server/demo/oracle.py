@@ -37,11 +37,10 @@ class Job(msgspec.Struct, frozen=True):
 def main(job: Job) -> None:
     """Train all users in one go, as a pool whose weights are 1 for the user's own LoRA and 0 for the others."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model_dir = models.load_nano()
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    tokenizer = models.load_tokenizer(model_dir)
+    model = models.load(model_dir, torch.float32)
     people = {user.name: user for user in benchmark().validation}
     examples = [e for user in job.users.values() for e in more_examples(people[user], job.texts)]
     texts = [training.tokenize(tokenizer, example) for example in examples]

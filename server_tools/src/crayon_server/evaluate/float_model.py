@@ -47,12 +47,10 @@ class FloatModel:
 
     def __init__(self, folder: Path) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+        from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-        models.register()
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.model: PreTrainedModel = model.to(training.accelerator().device)
+        self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(folder)
+        self.model: PreTrainedModel = models.load(folder, torch.float32).to(training.accelerator().device)
         self.pad_id = training.pad_id(self.tokenizer)
 
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens]:

@@ -22,14 +22,6 @@ from crayon_runtime.errors import CheckpointError, InvalidInput, UnsupportedMode
 from crayon_runtime.files import atomic_directory
 from crayon_server import models
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-
 RELEASED_REPEATS = 2
 """What `layer_sharing` of a released checkpoint means."""
 
@@ -179,22 +171,27 @@ class MobileLLMModel(LlamaModel):  # type: ignore[misc]
     its passes, the last one is after the norm."""
 
     config_class = MobileLLMConfig
-    _no_split_modules = ["LlamaDecoderLayer", "SharedDecoderLayer"]  # noqa: RUF012
 
     def __init__(self, config: MobileLLMConfig) -> None:
         super().__init__(config)
         _share_layers(self)
+        self._no_split_modules = [_block(config)]
 
 
 class MobileLLMForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     """The language model. Its tensors are named as LLaMA's, each block's once."""
 
     config_class = MobileLLMConfig
-    _no_split_modules = ["LlamaDecoderLayer", "SharedDecoderLayer"]  # noqa: RUF012
 
     def __init__(self, config: MobileLLMConfig) -> None:
         super().__init__(config)
         _share_layers(self.model)
+        self._no_split_modules = [_block(config)]
+
+
+def _block(config: MobileLLMConfig) -> str:
+    """The class of the blocks: what FSDP shards as a whole."""
+    return "SharedDecoderLayer" if config.layer_repeats > 1 else "LlamaDecoderLayer"
 
 
 def _share_layers(model: LlamaModel) -> None:
@@ -241,7 +238,7 @@ def convert(source: Path, out: Path, layout: str, *, replace: bool = False) -> N
     with atomic_directory(out, replace=replace) as folder:
         models.save_weights(model, folder)
         (folder / "config.json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
-        for name in TOKENIZER_FILES:
+        for name in models.TOKENIZER_FILES:
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)
 

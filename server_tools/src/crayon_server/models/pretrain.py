@@ -81,7 +81,9 @@ def pretrain(
     from transformers import PreTrainedTokenizerFast
 
     if name not in models.NANO:
-        raise InvalidInput(f"{name!r} is no embedded model", do=f"choose one of {', '.join(models.NANO)}")
+        raise InvalidInput(
+            f"{name!r} is no embedded model", do=f"choose one of {', '.join(models.NANO)}, or give texts with --data"
+        )
     with atomic_directory(out, replace=replace) as folder:
         model = models.initialize(name, seed)
         models.save(model, folder)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -32,6 +31,7 @@ from crayon_runtime.manifest import LINEARS, SCHEMA_VERSION
 from crayon_runtime.pool import Embedding, Pool, PoolManifest, peft_config, pool_name, write_pool
 from crayon_server import models, training
 from crayon_server.checkpoints import Checkpoints
+from crayon_server.losses import Step, encode, plot
 from crayon_server.pool import embeddings as embedding
 from crayon_server.pool import indicators
 from crayon_server.pool.data import Corpus, Pair, Texts, read_texts
@@ -281,7 +281,6 @@ def build(
         OutputError: `out` exists and is not to be replaced, or something cannot be written.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     settings, say = settings or Settings(), say or (lambda _: None)
     name = pool_name(out)
@@ -294,10 +293,9 @@ def build(
     if _recipe(groups, settings) == "groups":
         _members(groups)
     fingerprint = training.base_fingerprint(model_dir)
-    models.register()
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = models.load_tokenizer(model_dir)
     dtype = torch.bfloat16 if place.mixed_precision == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
+    model = models.load(model_dir, dtype)
     pad_id, layers = training.pad_id(tokenizer), model.config.num_hidden_layers
     if settings.tap_layer is not None and not 0 <= settings.tap_layer <= layers:
         raise InvalidInput(f"tap layer {settings.tap_layer} is not one of 0 to {layers}")
@@ -357,7 +355,10 @@ def build(
         config = peft_config(settings.rank, settings.scale, LINEARS, base=model_dir.name)
         adapters = ((config, loras.lora(n)) for n in range(settings.adapters))
         typical = typical_texts(located, texts)
-        further = {"loss.jsonl": _loss_lines(losses), "loss.svg": _loss_plot(losses)}
+        further = {
+            "loss.jsonl": encode([Step(i, loss) for i, loss in enumerate(losses, 1)]),
+            "loss.svg": plot(losses, "loss, nats per answer token"),
+        }
         write_pool(out, manifest, located.projection, adapters, typical=typical, further=further, replace=replace)
     place.wait_for_everyone()
     return Pool.open(out)
@@ -450,30 +451,6 @@ def _decided(located: Located, texts: int) -> str:
     return (
         f"recipe {located.recipe} ({how[located.recipe]}): {texts} texts, {len(located.projection.indicators)} clusters"
     )
-
-
-def _loss_lines(losses: Sequence[float]) -> bytes:
-    return b"".join(msgspec.json.encode({"step": i, "loss": loss}) + b"\n" for i, loss in enumerate(losses, 1))
-
-
-def _loss_plot(losses: Sequence[float]) -> bytes:
-    """SVG; the same for the same losses."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"svg.hashsalt": "crayon", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(7, 3.5), layout="constrained")
-        axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per answer token")
-        steps = np.arange(1, len(losses) + 1)
-        axes.plot(steps, losses, color="0.75", linewidth=1, label="of each batch")
-        window = max(1, len(losses) // 20)
-        smooth = np.convolve(losses, np.ones(window) / window, "valid")
-        axes.plot(steps[window - 1 :], smooth, label=f"mean of {window}")
-        axes.set_ylim(bottom=0)
-        axes.legend()
-        image = io.BytesIO()
-        figure.savefig(image, format="svg", metadata={"Date": None})
-    return image.getvalue()
 
 
 def typical_texts(located: Located, texts: Sequence[Text]) -> list[TypicalText]:

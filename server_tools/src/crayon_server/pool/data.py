@@ -5,11 +5,13 @@
     OWNER/NAME, OWNER/NAME:SPLIT    a dataset of the Hugging Face Hub, streamed; its split "train" if none is said
 
 A text has a prompt and a completion. It may have a group, which says what it belongs together with: a user, a source, a task. Texts have
-groups if every one of them names one.
+groups if every one of them names one. Plain text, to pre-train on, comes from the same places in a field "text", or from .txt files,
+where blank lines end a text.
 """
 
 from __future__ import annotations
 
+import codecs
 import copy
 import os
 import re
@@ -31,7 +33,11 @@ if TYPE_CHECKING:
     from crayon_server.training import Text
 
 FIELDS = ("prompt", "completion", "group")
-_FILE = re.compile(r"\.(jsonl|ndjson|json|parquet)(\.(gz|bz2|xz|zst))?$")
+PLAIN = ("text",)
+_FILE = re.compile(r"\.(jsonl|ndjson|json|parquet|txt)(\.(gz|bz2|xz|zst))?$")
+_TXT = re.compile(r"\.txt(\.(gz|bz2|xz|zst))?$")
+LONGEST = 1 << 20
+"""Characters of a text in a .txt file; a longer one is cut, so that a file without blank lines needs no memory."""
 _ON_THE_HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<split>[\w.-]+))?")
 
 
@@ -70,28 +76,58 @@ def read_texts(
 
 def stream(source: str | os.PathLike[str], fields: Mapping[str, str] | None = None) -> Iterator[Line]:
     """The texts one after the other; arguments and errors as `read_texts`."""
-    renamed = _renamed(fields or {})
-    place = os.fspath(source)
-    if Path(place).is_dir():
-        yield from _saved(Path(place), renamed)
-    elif (hub := _ON_THE_HUB.fullmatch(place)) and not _FILE.search(place) and not Path(place).exists():
-        yield from _on_the_hub(hub["name"], hub["split"] or "train", renamed)
-    else:
-        yield from _files(place, renamed)
+    for value in _values(os.fspath(source), _renamed(fields or {})):
+        yield Line(value.prompt, value.completion, value.group)
 
 
-def parse_fields(text: str) -> dict[str, str]:
+def stream_plain(source: str | os.PathLike[str], field: str = "text") -> Iterator[str]:
+    """Plain texts one after the other.
+
+    Args:
+        source: see the module.
+        field: what the text is called in it, where it has fields.
+
+    Raises:
+        InvalidInput: as `read_texts`.
+    """
+    renamed = msgspec.defstruct("Plain", [("text", str, msgspec.field(name=field))])
+    for value in _values(os.fspath(source), renamed):
+        yield value.text
+
+
+def is_plain(source: str) -> bool:
+    """Whether it is a .txt file, or its first text has the field "text"."""
+    if _TXT.search(source):
+        return True
+    try:
+        next(stream_plain(source), None)
+    except InvalidInput:  # which reading it as prompts and completions will raise again, if it is of neither kind
+        return False
+    return True
+
+
+def parse_fields(text: str, known: Sequence[str] = FIELDS) -> dict[str, str]:
     """ "prompt=question,completion=answer" -> {"prompt": "question", "completion": "answer"}.
 
     Raises:
         InvalidInput: it is not such a list.
     """
     fields = dict(part.partition("=")[::2] for part in text.split(","))
-    if not all(fields.values()) or not fields.keys() <= set(FIELDS):
+    if not all(fields.values()) or not fields.keys() <= set(known):
         raise InvalidInput(
             f"{text!r} does not say what fields are called", where="fields", do="write prompt=NAME,completion=NAME"
         )
     return fields
+
+
+def _values(place: str, renamed: type[msgspec.Struct]) -> Iterator[Any]:
+    """What a source holds, as structs of one type."""
+    if Path(place).is_dir():
+        yield from _saved(Path(place), renamed)
+    elif (hub := _ON_THE_HUB.fullmatch(place)) and not _FILE.search(place) and not Path(place).exists():
+        yield from _on_the_hub(hub["name"], hub["split"] or "train", renamed)
+    else:
+        yield from _files(place, renamed)
 
 
 def _renamed(fields: Mapping[str, str]) -> type[msgspec.Struct]:
@@ -105,7 +141,7 @@ def _renamed(fields: Mapping[str, str]) -> type[msgspec.Struct]:
 # Where they are
 
 
-def _files(place: str, renamed: type[msgspec.Struct]) -> Iterator[Line]:
+def _files(place: str, renamed: type[msgspec.Struct]) -> Iterator[Any]:
     import fsspec
 
     try:
@@ -115,14 +151,40 @@ def _files(place: str, renamed: type[msgspec.Struct]) -> Iterator[Line]:
         for file in files:
             name = place if len(files) == 1 else file.path
             with file as opened:
-                parquet = re.search(r"\.parquet$", file.path)
-                yield from (_parquet if parquet else _json_lines)(opened, name, renamed)
+                if _TXT.search(file.path) and "text" in renamed.__struct_fields__:
+                    yield from map(renamed, _paragraphs(opened, name))
+                else:
+                    parquet = re.search(r"\.parquet$", file.path)
+                    yield from (_parquet if parquet else _json_lines)(opened, name, renamed)
     except (OSError, ImportError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e) or type(e).__name__
         raise InvalidInput(f"the data cannot be read: {reason}", where=place, do="check the path") from e
 
 
-def _json_lines(file: Any, name: str, renamed: type[msgspec.Struct]) -> Iterator[Line]:
+def _paragraphs(file: Any, name: str) -> Iterator[str]:
+    """What lies between blank lines, without the last line break."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    lines: list[str] = []
+    size, number, more = 0, 1, True
+    while more:
+        line = file.readline(LONGEST)
+        more = bool(line)
+        try:
+            text = decoder.decode(line, not more).replace("\r\n", "\n")
+        except UnicodeDecodeError as e:
+            raise InvalidInput(f"not UTF-8: {e}", where=f"{name}, line {number}") from None
+        number += line.endswith(b"\n")
+        if lines and (not text.strip() or size + len(text) > LONGEST):
+            yield "".join(lines).rstrip("\n")
+            lines, size = [], 0
+        if text.strip():
+            lines.append(text)
+            size += len(text)
+    if lines:
+        yield "".join(lines).rstrip("\n")
+
+
+def _json_lines(file: Any, name: str, renamed: type[msgspec.Struct]) -> Iterator[Any]:
     decoder = msgspec.json.Decoder(renamed)
     for number, line in enumerate(file, 1):
         text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -131,10 +193,10 @@ def _json_lines(file: Any, name: str, renamed: type[msgspec.Struct]) -> Iterator
                 value: Any = decoder.decode(text)
             except (ValueError, RecursionError) as e:  # msgspec's, and those of text that is not UTF-8
                 raise InvalidInput(f"not a text to train on: {e}", where=f"{name}, line {number}") from None
-            yield Line(value.prompt, value.completion, value.group)
+            yield value
 
 
-def _parquet(file: Any, name: str, renamed: type[msgspec.Struct]) -> Iterator[Line]:
+def _parquet(file: Any, name: str, renamed: type[msgspec.Struct]) -> Iterator[Any]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -148,16 +210,16 @@ def _parquet(file: Any, name: str, renamed: type[msgspec.Struct]) -> Iterator[Li
         raise InvalidInput(f"not Parquet: {e}", where=name) from None
 
 
-def _rows(rows: Iterable[Any], name: str, renamed: type[msgspec.Struct]) -> Iterator[Line]:
+def _rows(rows: Iterable[Any], name: str, renamed: type[msgspec.Struct]) -> Iterator[Any]:
     for number, row in enumerate(rows, 1):
         try:
             value: Any = msgspec.convert(row, renamed)
         except msgspec.ValidationError as e:
             raise InvalidInput(f"not a text to train on: {e}", where=f"{name}, row {number}") from None
-        yield Line(value.prompt, value.completion, value.group)
+        yield value
 
 
-def _saved(folder: Path, renamed: type[msgspec.Struct]) -> Iterator[Line]:
+def _saved(folder: Path, renamed: type[msgspec.Struct]) -> Iterator[Any]:
     from datasets import load_from_disk
 
     try:
@@ -169,7 +231,7 @@ def _saved(folder: Path, renamed: type[msgspec.Struct]) -> Iterator[Line]:
     yield from _rows(saved["train"] if isinstance(saved, dict) and "train" in saved else saved, str(folder), renamed)
 
 
-def _on_the_hub(name: str, split: str, renamed: type[msgspec.Struct]) -> Iterator[Line]:
+def _on_the_hub(name: str, split: str, renamed: type[msgspec.Struct]) -> Iterator[Any]:
     from datasets import load_dataset
 
     try:
@@ -263,18 +325,20 @@ class Corpus(Sequence[Tokens]):
 
     Attributes:
         kept: the indices of the texts that are in it.
+        left_out: how many are not.
         digest: SHA-256 over the tokens, in hex.
 
     Raises:
         InvalidInput: there are no texts, or none is short enough.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], limit: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Iterable[Text], limit: int) -> None:
         import hashlib
 
         digest = hashlib.sha256()
         self._ids, self._ends, self._begins, self.kept = array("i"), array("q", [0]), array("i"), array("q")
         shortest = None
+        self.left_out = 0
         for i, text in enumerate(texts):
             tokens = training.tokenize(tokenizer, text)
             shortest = min(len(tokens.ids), shortest or len(tokens.ids))
@@ -283,6 +347,8 @@ class Corpus(Sequence[Tokens]):
                 self._ids.extend(tokens.ids)
                 self._ends.append(len(self._ids))
                 self._begins.append(tokens.in_completion.index(True))
+            else:
+                self.left_out += 1
         if shortest is None:
             raise InvalidInput("there are no texts", where="texts")
         if not self.kept:

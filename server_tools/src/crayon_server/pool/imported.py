@@ -229,11 +229,9 @@ def _embed(
 ) -> tuple[list[Source], list[Embeddings], int]:
     """Those texts of each one that the model has room for, their embeddings, and the tap layer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    models.register()
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    tokenizer = models.load_tokenizer(model_dir)
+    model = models.load(model_dir, torch.float32)
     layers: int = model.config.num_hidden_layers
     layer = layers if tap_layer is None else tap_layer
     if not 0 <= layer <= layers:

@@ -236,12 +236,10 @@ def ask_model(folder: Path, prompts: Sequence[str], *, max_tokens: int) -> Itera
         InvalidInput: there is no such model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    models.register()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+        tokenizer = models.load_tokenizer(folder, padding_side="left")
+        model = models.load(folder)
     except (OSError, ValueError) as e:
         raise InvalidInput(
             f"this is no model: {e}", where=folder, do="give a Hugging Face folder, or a URL with https://"
@@ -287,16 +285,12 @@ class ModelEmbedder:
 
     def __init__(self, folder: Path, pool: Pool) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         _check_base(training.base_fingerprint(folder), pool, folder)
         self._layer = pool.manifest.embedding.tap_layer
-        models.register()
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = models.load_tokenizer(folder)
         self._place = training.accelerator()
-        self._model = training.put(
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), self._place
-        )
+        self._model = training.put(models.load(folder, torch.float32), self._place)
         self._limit: int = self._model.config.max_position_embeddings  # type: ignore[assignment, union-attr]
 
     def fitting(self, texts: Sequence[Text]) -> list[int]:
