@@ -77,10 +77,11 @@ def tiny_adapter(model: Path, path: Path, *, seed: int = 1, gain: float = 0.5, *
         lora_config: fields of peft's LoraConfig, as r, lora_alpha, target_modules, rank_pattern, use_rslora.
     """
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+
+    from crayon_server import models
 
     defaults = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    base = models.load(model, torch.float32)
     tuned = get_peft_model(base, LoraConfig(**defaults | lora_config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
