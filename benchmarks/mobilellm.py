@@ -140,16 +140,17 @@ def _shared(work: Path, backend: str) -> Iterator[Row]:
         abs(larger) <= 0.01,
     )
     starts = _starts(made, backend)
-    memory = {depth: _memory(path, backend) for depth, path in made.items()}
+    memory = {depth: median(start.resident for start in starts[depth]) for depth in made}
+    first = {depth: [start.load + start.init for start in starts[depth]] for depth in made}
     tokens = _tokens(made, backend)
     for depth in (SHARED, UNSHARED):
-        load = median(a / b for a, b in zip(starts[depth], starts[PLAIN], strict=True)) - 1
+        load = median(a / b for a, b in zip(first[depth], first[PLAIN], strict=True)) - 1
         ratios = [1 / speed_ratio(seconds, depth, PLAIN) for seconds in tokens]
         milliseconds = {d: 1e3 * median(s for load in tokens for s in load[d]) / TOKENS for d in (depth, PLAIN)}
         yield Row(
             f"MobileLLM-125M shapes, int4, {NAMES[backend]}: {depth} against plain: load and first token / time per token / memory",
             f"printed; the paper {' / '.join(PAPER[depth])}",
-            f"{load:+.0%} ({1e3 * median(starts[depth]):.0f} to {1e3 * median(starts[PLAIN]):.0f} ms) / "
+            f"{load:+.0%} ({1e3 * median(first[depth]):.0f} to {1e3 * median(first[PLAIN]):.0f} ms) / "
             f"{geometric_mean(ratios) - 1:+.0%} (between loads {min(ratios) - 1:+.0%} to {max(ratios) - 1:+.0%}; "
             f"{milliseconds[depth]:.1f} to {milliseconds[PLAIN]:.1f} ms) / "
             f"{(memory[depth] - memory[PLAIN]) / _MB:+.1f} MB of {memory[PLAIN] / _MB:.1f} MB",
@@ -157,7 +158,8 @@ def _shared(work: Path, backend: str) -> Iterator[Row]:
 
 
 _START = """
-import json, sys, time
+import json, os, sys, time
+from pathlib import Path
 from crayon_runtime import Engine
 started = time.perf_counter()
 engine = Engine.load(sys.argv[1], backend=sys.argv[2], threads=int(sys.argv[3]))
@@ -166,21 +168,31 @@ engine.generate([1], max_new_tokens=1)
 first = time.perf_counter()
 engine.generate([1], max_new_tokens=1)
 again = time.perf_counter()
-print(json.dumps([loaded - started, (first - loaded) - (again - first)]))
+resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+print(json.dumps([loaded - started, max(0, (first - loaded) - (again - first)), resident]))
 """
 
 
-def _start(path: Path, backend: str) -> tuple[float, float]:
-    """Seconds that a new process takes to load a bundle, and what its first token takes longer than the second."""
+class Start(NamedTuple):
+    """A new process."""
+
+    load: float
+    """Seconds."""
+    init: float
+    """Seconds that its first token takes longer than the second."""
+    resident: int
+    """Bytes of memory after them, with the weights."""
+
+
+def _start(path: Path, backend: str) -> Start:
     command = [sys.executable, "-c", _START, str(path), backend, str(THREADS)]
-    load, more = json.loads(subprocess.check_output(command))
-    return load, max(0.0, more)
+    return Start(*json.loads(subprocess.check_output(command)))
 
 
-def _starts(made: Mapping[str, Path], backend: str) -> dict[str, list[float]]:
-    """Of each bundle, in turns; the first time warms the page cache and packs weights."""
-    rounds = [{depth: sum(_start(path, backend)) for depth, path in made.items()} for _ in range(1 + PROCESSES)]
-    return {depth: [seconds[depth] for seconds in rounds[1:]] for depth in made}
+def _starts(made: Mapping[str, Path], backend: str) -> dict[str, list[Start]]:
+    """Of each bundle, in turns; a first time warms the page cache."""
+    rounds = [{name: _start(path, backend) for name, path in made.items()} for _ in range(1 + PROCESSES)]
+    return {name: [started[name] for started in rounds[1:]] for name in made}
 
 
 def _tokens(made: Mapping[str, Path], backend: str) -> list[dict[str, list[float]]]:
@@ -200,33 +212,27 @@ def _tokens(made: Mapping[str, Path], backend: str) -> list[dict[str, list[float
     return loads
 
 
-def _memory(path: Path, backend: str) -> int:
-    """The most that a process has resident at once, with the weights, while it answers with 16 tokens."""
-    command = [sys.executable, "-m", "crayon_runtime", "run", str(path), "set an alarm", "--backend", backend]
-    command += ["--threads", str(THREADS), "--max-new-tokens", "16", "--json"]
-    return native.beyond(command, (path,))[1]
-
-
 # int8
 
 
 def _int8(work: Path, backend: str) -> Row:
     path = bundle(work, "mobilellm-125m", backend, quantize="int8")
     nbytes = native.bytes_per_token(path) if backend == "executorch" else bundles.bytes_per_token(path)
-    seconds, bandwidths = [], []
+    shares, speeds, bandwidths = [], [], []
     for _ in range(LOADS):
         runner = OurRunner(path, backend)
         sequence = runner.sequence()
         sequence.prefill(native.random_ids(POSITION))
-        bandwidths.append(read_bandwidth(nbytes, THREADS))
-        seconds += interleaved({"": native.decoding(sequence, POSITION)}, ROUNDS)[""]
+        for _ in range(ROUNDS):
+            bandwidths.append(read_bandwidth(nbytes, THREADS))
+            speeds.append(rate(interleaved({"": native.decoding(sequence, POSITION)}, 1)[""], TOKENS))
+            shares.append(speeds[-1] * nbytes / bandwidths[-1])
         runner.close()
-    speed, bandwidth = rate(seconds, TOKENS), max(bandwidths)
-    share = speed * nbytes / bandwidth
+    speed, bandwidth, share = median(speeds), median(bandwidths), median(shares)
     return Row(
         f"MobileLLM-125M shapes, int8, {NAMES[backend]}: decode, and share of the read bandwidth",
         ">= 60 %",
-        f"{speed:.1f} tok/s, {share:.0%} of {bandwidth / 1e9:.1f} GB/s, {nbytes / _MB:.0f} MB a token",
+        f"{speed:.1f} tok/s, {share:.0%} ({min(shares):.0%} to {max(shares):.0%}) of {bandwidth / 1e9:.1f} GB/s, {nbytes / _MB:.0f} MB a token",
         share >= 0.6,
     )
 
@@ -246,7 +252,7 @@ class Speed(NamedTuple):
     decode: float
     """Tokens a second from position 16 on."""
     memory: int
-    """Bytes that a process has resident, with the weights."""
+    """Bytes that a new process has resident after two tokens, with the weights."""
 
     @property
     def told(self) -> str:
@@ -258,7 +264,7 @@ class Speed(NamedTuple):
 
 def _measure(work: Path, backend: str, size: str) -> Speed:
     path = bundle(work, f"mobilellm-{size}", backend)
-    starts = [_start(path, backend) for _ in range(4)][1:]
+    starts = _starts({size: path}, backend)[size]
     runner = OurRunner(path, backend)
     sequence = runner.sequence()
     prefill = interleaved({"": native.prefilling(sequence, PROMPT)}, ROUNDS)[""]
@@ -266,8 +272,8 @@ def _measure(work: Path, backend: str, size: str) -> Speed:
     sequence.prefill(native.random_ids(POSITION))
     decode = interleaved({"": native.decoding(sequence, POSITION)}, ROUNDS)[""]
     runner.close()
-    load, init = (median(column) for column in zip(*starts, strict=True))
-    return Speed(load, init, rate(prefill, PROMPT), rate(decode, TOKENS), _memory(path, backend))
+    load, init, resident = (median(column) for column in zip(*starts, strict=True))
+    return Speed(load, init, rate(prefill, PROMPT), rate(decode, TOKENS), int(resident))
 
 
 def draw(measured: Mapping[str, Mapping[str, Speed]]) -> bytes:

@@ -470,7 +470,7 @@ def _process(work: Path) -> Iterator[Row]:
     )
     command = [sys.executable, "-m", "crayon_runtime", "run", str(bundle), "set an alarm", "--backend", "executorch"]
     command += ["--threads", str(THREADS), "--max-new-tokens", "16", "--json"]
-    most, whole, said = beyond(command, (bundle,))
+    most, whole, said = _beyond(command, (bundle,))
     answer, a = json.loads(said), Bundle.open(bundle).model.architecture
     positions = answer["prompt_tokens"] + answer["generated_tokens"]
     cache = positions * a.passes * 2 * a.kv_heads * a.head_size * 4
@@ -482,14 +482,14 @@ def _process(work: Path) -> Iterator[Row]:
     )
 
 
-def beyond(command: list[str], weights: tuple[Path, ...]) -> tuple[int, int, str]:
+def _beyond(command: list[str], weights: tuple[Path, ...]) -> tuple[int, int, str]:
     """The most resident bytes that a process has at once outside mappings of files in these folders, those of all its memory, and what
     it printed."""
     roots = tuple(str(path.resolve()) for path in weights)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     most = whole = 0
     while process.poll() is None:
-        mapped = list(mappings(process.pid))
+        mapped = list(_mappings(process.pid))
         most = max(most, sum(size for path, size in mapped if not path.startswith(roots)))
         whole = max(whole, sum(size for _, size in mapped))
         time.sleep(0.005)
@@ -499,7 +499,7 @@ def beyond(command: list[str], weights: tuple[Path, ...]) -> tuple[int, int, str
     return most, whole, said
 
 
-def mappings(pid: int) -> Iterator[tuple[str, int]]:
+def _mappings(pid: int) -> Iterator[tuple[str, int]]:
     """Path and resident bytes of each mapping of a process; nothing of one that has just ended."""
     path = ""
     try:
