@@ -30,6 +30,7 @@ NAMES = (
     "pte",
     "native",
     "mobilellm",
+    "profile",
 )
 
 

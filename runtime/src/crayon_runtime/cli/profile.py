@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _MS = 1e6
 
 
-class Numbers(click.ParamType):
+class Numbers(click.ParamType[list[int]]):
     """Whole numbers with commas between them."""
 
     name = "numbers"
@@ -29,7 +29,7 @@ class Numbers(click.ParamType):
             self.fail(f"{value!r} is not a list of whole numbers, as 64,512", param, ctx)
 
 
-class Share(click.ParamType):
+class Share(click.ParamType[float]):
     """A percentage, as 10%."""
 
     name = "percent"
@@ -134,7 +134,7 @@ def measure(bundle: Path, out: Path, force: bool, target: str, as_json: bool, **
     help="Exit with 1 if a metric is worse for sure, and by more than this, as 10%.",
 )
 @click.option(
-    "--tolerance", metavar="PERCENT", type=Share(), default="3%", show_default=True, help="What is no difference."
+    "--tolerance", metavar="PERCENT", type=Share(), default="2%", show_default=True, help="What is no difference."
 )
 @json_option
 def compare(
@@ -187,7 +187,7 @@ def _show(baseline: Path, path: Path, compared: Compared) -> None:
             [
                 d.metric,
                 *(f"{value / _MS:.3f} {'ms' if d.unit == 'ns' else 'MB'}" for value in (d.before, d.after)),
-                *(f"{100 * (ratio - 1):+.1f}%" for ratio in (d.compared.ratio, d.compared.low, d.compared.high)),
+                *(f"{100 * (ratio - 1):+.1f}%" for ratio in (d.compared.ratio, *d.compared.interval)),
                 f"{d.p:.3f}",
                 _verdict(d),
             ]
@@ -209,7 +209,7 @@ def _facts(compared: Compared) -> dict[str, Any]:
         "differences": [
             {
                 "metric": d.metric, "unit": d.unit, "control": d.control, "before": d.before, "after": d.after,
-                "change": d.change, "low": d.compared.low - 1, "high": d.compared.high - 1, "p": d.p, "significant": d.significant,
+                "change": d.change, "interval": [ratio - 1 for ratio in d.compared.interval], "p": d.p, "significant": d.significant,
             }
             for d in compared.differences
         ],

@@ -104,7 +104,8 @@ def compare(before: Profile, after: Profile, *, tolerance: float = TOLERANCE) ->
 
 
 def _metrics(profile: Profile) -> dict[str, list[float]]:
-    """One number a process and metric: the median of its samples; of a decode, of its tokens."""
+    """One number for each process and metric: the median of a decode's tokens; the least of other samples, as what else a machine does
+    only slows them down."""
     found: dict[str, list[float]] = {}
     for test in profile.tests:
         if test.test not in ("swap_none", "routing_answer"):  # these are there to be subtracted from others
@@ -124,7 +125,8 @@ def _of_processes(test: Test) -> list[float]:
     grouped: dict[int, list[float]] = defaultdict(list)
     for i, process in enumerate(test.processes):
         grouped[process] += test.token_ns[i] if test.token_ns else [test.samples_ns[i]]
-    return [max(median(values), 1.0) for values in grouped.values()]
+    number = median if test.token_ns else min
+    return [max(float(number(values)), 1.0) for values in grouped.values()]
 
 
 def _other(before: Profile, after: Profile) -> list[str]:

@@ -9,18 +9,18 @@ class Work(Struct, frozen=True, tag_field="work"):
     """What a process does."""
 
 
-class Describe(Work, kw_only=True, tag="describe"):
+class Describe(Work, frozen=True, kw_only=True, tag="describe"):
     """Choose the backend, read the adapter, and say what there is: a `Header`."""
 
 
-class Load(Work, kw_only=True, tag="load"):
+class Load(Work, frozen=True, kw_only=True, tag="load"):
     """Load the model after the system has forgotten the bundle's files."""
 
     first: bool
     """Check all hashes, as at the first start after the bundle was copied."""
 
 
-class Measure(Work, kw_only=True, tag="measure"):
+class Measure(Work, frozen=True, kw_only=True, tag="measure"):
     """Load the model, and run every test."""
 
     prompts: list[int]
@@ -31,17 +31,20 @@ class Measure(Work, kw_only=True, tag="measure"):
     """Also what has to be known once only: adapters, examples, routing."""
 
 
-class Trace(Work, kw_only=True, tag="trace"):
+class Trace(Work, frozen=True, kw_only=True, tag="trace"):
     """The time of each operator of a decode."""
 
     depth: int
     generate: int
 
 
-class Long(Work, kw_only=True, tag="long"):
+class Long(Work, frozen=True, kw_only=True, tag="long"):
     """Decode for so many seconds, and watch the machine."""
 
     seconds: float
+
+
+AnyWork = Describe | Load | Measure | Trace | Long
 
 
 class Job(Struct, frozen=True, kw_only=True):
@@ -55,4 +58,4 @@ class Job(Struct, frozen=True, kw_only=True):
     cpus: list[int] | None
     """Cores to hold it on; None: all."""
     process: int
-    work: Describe | Load | Measure | Trace | Long
+    work: AnyWork

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Literal
@@ -142,7 +143,7 @@ def decode(
         return times
 
     warm, *all_times = [once() for _ in range(1 + rounds)]
-    each = [[after - before for before, after in zip(times, times[1:], strict=False)] for times in all_times]
+    each = [[after - before for before, after in pairwise(times)] for times in all_times]
     return _observed(
         "decode",
         [times[-1] - times[0] for times in all_times],

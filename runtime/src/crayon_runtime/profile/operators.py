@@ -64,13 +64,18 @@ def trace(bundle: Bundle, job: Job, asked: Trace, folder: Path) -> Iterator[Oper
         return
     if name == "onnx":
         backend: Backend = OnnxBackend.load(bundle, threads=job.threads, profile=folder / "onnx")
-        _run(backend, asked, adapter and backend.read_adapter(adapter))
+        _run(backend, asked, backend.read_adapter(adapter) if adapter else None)
         assert isinstance(backend, OnnxBackend)
         timed: Iterable[_Timed] = _onnx(json.loads(Path(backend.session.end_profiling()).read_bytes()), asked.generate)
-    else:
+    elif name == "executorch":
         backend = ExecutorchBackend.load(bundle, threads=job.threads)
-        steps = _traced_steps(backend, asked, adapter and backend.read_adapter(adapter), folder / "steps.etdump")
+        steps = _traced_steps(
+            backend, asked, backend.read_adapter(adapter) if adapter else None, folder / "steps.etdump"
+        )
         timed = _executorch(steps, bundle.model.architecture)
+    else:
+        yield Absent(what="operators", reason=f"there is no trace of the backend {name!r}")
+        return
     backend.close()
     for operator in timed:
         ordered = sorted(operator.samples_ns)

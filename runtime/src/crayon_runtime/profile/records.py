@@ -70,7 +70,7 @@ class Record(Struct, frozen=True, tag_field="type"):
     """A line."""
 
 
-class Header(Record, kw_only=True, tag="profile"):
+class Header(Record, frozen=True, kw_only=True, tag="profile"):
     """The first line: what was measured, and on what."""
 
     schema_version: str = SCHEMA_VERSION
@@ -106,7 +106,7 @@ class Header(Record, kw_only=True, tag="profile"):
     plan: Plan | None = None
 
 
-class Observation(Record, kw_only=True, tag="observation"):
+class Observation(Record, frozen=True, kw_only=True, tag="observation"):
     """What one process measured of a test. Not part of a profile, which has them together as a `Test`."""
 
     test: TestName
@@ -121,7 +121,7 @@ class Observation(Record, kw_only=True, tag="observation"):
     token_ns: list[list[int]] = []
 
 
-class Test(Record, kw_only=True, tag="test"):
+class Test(Record, frozen=True, kw_only=True, tag="test"):
     """A test: all its samples, and what they say together."""
 
     test: TestName
@@ -165,7 +165,7 @@ class Test(Record, kw_only=True, tag="test"):
         return name + (f", {self.adapter}" if self.adapter else "")
 
 
-class Sample(Record, kw_only=True, tag="sample"):
+class Sample(Record, frozen=True, kw_only=True, tag="sample"):
     """The process and the machine at one moment."""
 
     process: int
@@ -189,7 +189,7 @@ class Sample(Record, kw_only=True, tag="sample"):
     """Of the long run: tokens a second since the sample before."""
 
 
-class LongRun(Record, kw_only=True, tag="long"):
+class LongRun(Record, frozen=True, kw_only=True, tag="long"):
     """The long run as a whole."""
 
     seconds: float
@@ -204,7 +204,7 @@ class LongRun(Record, kw_only=True, tag="long"):
     """By how much the counters went up."""
 
 
-class Operator(Record, kw_only=True, tag="operator"):
+class Operator(Record, frozen=True, kw_only=True, tag="operator"):
     """An operator of decoding, mean over the tokens that were traced. Tracing makes all of them slower."""
 
     event_name: str
@@ -223,7 +223,7 @@ class Operator(Record, kw_only=True, tag="operator"):
     samples_ns: list[int]
 
 
-class OperatorKind(Record, kw_only=True, tag="operator_kind"):
+class OperatorKind(Record, frozen=True, kw_only=True, tag="operator_kind"):
     """All operators of one kind."""
 
     kind: str
@@ -234,14 +234,14 @@ class OperatorKind(Record, kw_only=True, tag="operator_kind"):
     """Of that of all operators."""
 
 
-class Absent(Record, kw_only=True, tag="absent"):
+class Absent(Record, frozen=True, kw_only=True, tag="absent"):
     """What this profile lacks, and why."""
 
     what: str
     reason: str
 
 
-class Failure(Record, kw_only=True, tag="failure"):
+class Failure(Record, frozen=True, kw_only=True, tag="failure"):
     """Why a process could not measure. Not part of a profile."""
 
     error: str

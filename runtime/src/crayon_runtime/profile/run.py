@@ -20,10 +20,9 @@ from typing import NamedTuple
 import msgspec
 
 from crayon_runtime.backends import NAMES
-from crayon_runtime.bundle import Bundle
 from crayon_runtime.errors import BackendError, ContextOverflow, InvalidInput, OutputError
 from crayon_runtime.files import atomic_directory
-from crayon_runtime.profile.jobs import Describe, Job, Load, Long, Measure, Trace, Work
+from crayon_runtime.profile.jobs import AnyWork, Describe, Job, Load, Long, Measure, Trace
 from crayon_runtime.profile.lock import one_at_a_time
 from crayon_runtime.profile.operators import by_kind
 from crayon_runtime.profile.profile import Profile
@@ -170,7 +169,7 @@ class _Run:
                 )
                 seen[configuration] += self._observed(configuration, work, repetition)
         for configuration, observations in seen.items():
-            self.lines += _tests(observations, configuration, header)
+            self.lines += tests_of(observations, configuration, header)
         self._operators(first, plan, header)
         if plan.long_seconds:
             self._on_step(f"the long run, {plan.long_seconds:g} s")
@@ -205,7 +204,7 @@ class _Run:
                 "modules of operators", "the trace names no modules, and the order of its layers is not a known one"
             )
 
-    def _observed(self, configuration: Configuration, work: Work, process: int) -> list[tuple[int, Observation]]:
+    def _observed(self, configuration: Configuration, work: AnyWork, process: int) -> list[tuple[int, Observation]]:
         """Run a job; everything but observations is a line of the profile."""
         observations = []
         for result in self._results(configuration, work, process):
@@ -222,7 +221,7 @@ class _Run:
         if absent not in self.lines:  # every process says so
             self.lines.append(absent)
 
-    def _results(self, configuration: Configuration, work: Work, process: int = 0) -> Iterator[Result]:
+    def _results(self, configuration: Configuration, work: AnyWork, process: int = 0) -> Iterator[Result]:
         job = Job(
             bundle=self._bundle,
             backend=self._backend,
@@ -235,7 +234,9 @@ class _Run:
         return results(self._target, job)
 
 
-def _tests(observations: Sequence[tuple[int, Observation]], configuration: Configuration, header: Header) -> list[Test]:
+def tests_of(
+    observations: Sequence[tuple[int, Observation]], configuration: Configuration, header: Header
+) -> list[Test]:
     """All that was seen of each test, together."""
     grouped: dict[tuple[object, ...], list[tuple[int, Observation]]] = defaultdict(list)
     for process, seen in observations:

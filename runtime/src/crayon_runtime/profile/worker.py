@@ -26,7 +26,7 @@ from crayon_runtime.profile.jobs import Describe, Job, Load, Long, Measure, Trac
 from crayon_runtime.profile.measure import Watch, controls, files_of, long_run, measure
 from crayon_runtime.profile.memory import drop_page_cache
 from crayon_runtime.profile.operators import trace
-from crayon_runtime.profile.records import Absent, Failure, Observation, Record
+from crayon_runtime.profile.records import Absent, Failure, Observation, Record, TestName
 from crayon_runtime.profile.sensors import Sensors
 
 LoadEngine = Callable[[Path, Job], Engine]
@@ -86,7 +86,7 @@ def main(stdin: BinaryIO, stdout: BinaryIO, load: LoadEngine = load_engine) -> i
 
 
 def _load(path: Path, job: Job, asked: Load, load: LoadEngine) -> Observation | Absent:
-    test = "load_first" if asked.first else "load_cold"
+    test: TestName = "load_first" if asked.first else "load_cold"
     _import_libraries(path)
     files = files_of(Bundle.open(path))
     try:
