@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from crayon_runtime.cli.profile import profile as command
 from crayon_runtime.errors import InvalidInput
-from crayon_runtime.profile.profile import Profile
+from crayon_runtime.profile.document import Profile
 from tests.runtime import tiny
 from tests.runtime.profiles import InProcess, drawn
 

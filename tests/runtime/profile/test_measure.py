@@ -25,7 +25,7 @@ def watch(folder: Path) -> m.Watch:
 
 def test_every_test_is_measured_and_the_cache_is_filled_once(tmp_path: Path) -> None:
     with tiny.engine(bundle=tiny.bundle(tmp_path)) as engine:
-        seen = list(m.measure(engine, ASKED, watch(tmp_path)))
+        seen = list(m.measure(engine, ASKED, watch(tmp_path), tmp_path))
         prefilled = fake(engine).prefilled
         assert fake(engine).open_caches == 1  # the engine's idle one
     observed = [o for o in seen if isinstance(o, Observation)]
@@ -82,7 +82,7 @@ def test_a_damaged_customization_is_absent_with_its_reason(tmp_path: Path) -> No
     folder.mkdir()
     (folder / "examples.jsonl").write_text("{}\n")
     with tiny.engine(bundle=bundle) as engine:
-        (absent,) = m.customized(engine, 2)
+        (absent,) = m.customized(engine, folder, 2)
     assert isinstance(absent, Absent)
     assert 'its "prompt" is missing' in absent.reason
 
@@ -94,7 +94,7 @@ def test_a_customized_model_has_affinity_and_routing(tmp_path: Path) -> None:
     (folder / "examples.jsonl").write_text('{"prompt": "the alarm", "completion": "a b"}\n' * 12)
     (tmp_path / "alice").rename(folder / "adapter")
     with tiny.engine(bundle=bundle) as engine:
-        observed = list(m.customized(engine, 2))
+        observed = list(m.customized(engine, folder, 2))
         prompts = len(fake(engine).prefilled)
     assert [o.test for o in observed if isinstance(o, Observation)] == ["affinity", "routing_answer", "routing_score"]
     assert all(len(o.samples_ns) == 2 and min(o.samples_ns) > 0 for o in observed if isinstance(o, Observation))

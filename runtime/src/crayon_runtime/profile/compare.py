@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from crayon_runtime.errors import InvalidInput
-from crayon_runtime.profile.profile import Profile
+from crayon_runtime.profile.document import Profile
 from crayon_runtime.profile.records import Test
 from crayon_runtime.profile.statistics import TOLERANCE, Comparison, compare_groups, holm
 

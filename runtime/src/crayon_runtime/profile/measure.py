@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from crayon_runtime.customized import ADAPTER, EXAMPLES, kept_examples, state_folder
+from crayon_runtime.customized import ADAPTER, EXAMPLES, kept_examples
 from crayon_runtime.errors import CrayonError
 from crayon_runtime.examples import score
 from crayon_runtime.probe import cores, read_bandwidth
@@ -75,8 +75,12 @@ class Watch:
         )
 
 
-def measure(engine: Engine, job: Measure, watch: Watch) -> Iterator[Observation | Sample | Absent]:
-    """Every test of a job. The cache is filled once: decodes begin at the greatest depth, and go back to the next."""
+def measure(engine: Engine, job: Measure, watch: Watch, folder: Path) -> Iterator[Observation | Sample | Absent]:
+    """Every test of a job. The cache is filled once: decodes begin at the greatest depth, and go back to the next.
+
+    Args:
+        folder: where the model's customization is kept, if there is one.
+    """
     adapter = engine.present_adapter
     yield watch.sample("loaded")
     yield _first_token(engine)
@@ -97,7 +101,7 @@ def measure(engine: Engine, job: Measure, watch: Watch) -> Iterator[Observation 
         yield first_tokens(engine, n, job.rounds)
     if job.more:
         yield from swaps(engine, job.rounds)
-        yield from customized(engine, job.rounds)
+        yield from customized(engine, folder, job.rounds)
     yield watch.sample("end")
 
 
@@ -192,13 +196,12 @@ def swaps(engine: Engine, rounds: int) -> Iterator[Observation | Absent]:
     engine.set_adapter(before)
 
 
-def customized(engine: Engine, rounds: int) -> Iterator[Observation | Absent]:
+def customized(engine: Engine, folder: Path, rounds: int) -> Iterator[Observation | Absent]:
     """What a customized model does beside answering: the forward passes of the affinity of ten of its examples, and routing.
 
     What follows the forward passes, a product with the pool's projection, takes microseconds.
     """
-    folder = state_folder(engine.bundle.path) if engine.bundle is not None else None
-    if folder is None or not (folder / EXAMPLES).exists():
+    if not (folder / EXAMPLES).exists():
         reason = "the model is not customized here: see `crayon customize`"
         yield from (Absent(what=what, reason=reason) for what in ("affinity of ten examples", "routing overhead"))
         return

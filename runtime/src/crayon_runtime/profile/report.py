@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from crayon_runtime.profile import plot
 
 if TYPE_CHECKING:
-    from crayon_runtime.profile.profile import Profile
+    from crayon_runtime.profile.document import Profile
     from crayon_runtime.profile.records import Sample, Test
 
 _TOP = 15

@@ -10,7 +10,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter_ns
 from typing import BinaryIO
@@ -19,6 +18,7 @@ import msgspec
 
 from crayon_runtime.backends import available
 from crayon_runtime.bundle import Bundle
+from crayon_runtime.customized import state_folder
 from crayon_runtime.engine import Engine
 from crayon_runtime.errors import CrayonError
 from crayon_runtime.profile.describe import describe, read_bytes
@@ -66,7 +66,7 @@ def work(job: Job, load: LoadEngine = load_engine) -> Iterator[Record]:
             with tempfile.TemporaryDirectory() as folder:
                 yield from trace(Bundle.open(path), job, asked, Path(folder))
         case Long(seconds=seconds):
-            watch = Watch(sensors, path, job.process)
+            watch = Watch(sensors, Bundle.open(path).path, job.process)
             with load(path, job) as engine:
                 yield from long_run(engine, seconds, watch)
 
@@ -108,16 +108,16 @@ def _load(path: Path, job: Job, asked: Load, load: LoadEngine) -> Observation | 
 
 def _measure(path: Path, job: Job, asked: Measure, sensors: Sensors, load: LoadEngine) -> Iterator[Record]:
     _import_libraries(path)
-    watch = Watch(sensors, path, job.process)
+    bundle = Bundle.open(path)
+    watch = Watch(sensors, bundle.path, job.process)
     yield watch.sample("started")
-    for file in files_of(Bundle.open(path)):
+    for file in files_of(bundle):
         _read_through(file)
-    with ExitStack() as stack:
-        began = perf_counter_ns()
-        engine = stack.enter_context(load(path, job))
+    began = perf_counter_ns()
+    with load(path, job) as engine:
         yield Observation(test="load_warm", samples_ns=[perf_counter_ns() - began])
-        nbytes = read_bytes(Bundle.open(path), engine.backend.name)
-        yield from measure(engine, asked, watch)
+        nbytes = read_bytes(bundle, engine.backend.name)
+        yield from measure(engine, asked, watch, state_folder(path))
     yield from controls(nbytes, job.threads, asked.rounds)
 
 
