@@ -22,10 +22,10 @@ import msgspec
 from crayon_runtime.backends import NAMES
 from crayon_runtime.errors import BackendError, ContextOverflow, InvalidInput, OutputError
 from crayon_runtime.files import atomic_directory
+from crayon_runtime.profile.document import Profile
 from crayon_runtime.profile.jobs import AnyWork, Describe, Job, Load, Long, Measure, Trace
 from crayon_runtime.profile.lock import one_at_a_time
 from crayon_runtime.profile.operators import by_kind
-from crayon_runtime.profile.document import Profile
 from crayon_runtime.profile.records import (
     Absent,
     Header,
