@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crayon_runtime._version import __version__
-from crayon_runtime.manifest import ExecutorchVariant, OnnxVariant
 from crayon_runtime.profile.records import Header
 
 if TYPE_CHECKING:
     from crayon_runtime.bundle import Bundle
     from crayon_runtime.engine import Engine
-    from crayon_runtime.manifest import Architecture
+    from crayon_runtime.manifest import Architecture, ModelManifest
     from crayon_runtime.profile.sensors import Sensors
 
 _LIBRARIES = ("onnxruntime", "crayon-edge-native", "numpy")
 _KV_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
-_EMBEDDING_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
+_WEIGHT_BYTES = {"int4": 0.5, "int8": 1.0, "none": 4.0}
 
 
 def describe(engine: Engine, bundle: Bundle, sensors: Sensors) -> Header:
@@ -45,32 +44,29 @@ def describe(engine: Engine, bundle: Bundle, sensors: Sensors) -> Header:
         backends=engine.backend.name,
         adapter=engine.adapter,
         adapters=bundle.adapter_names,
-        read_bytes=read_bytes(bundle, engine.backend.name),
+        read_bytes=read_bytes(model),
         kv_bytes=kv_bytes(architecture, model.kv_dtype),
         operations=operations(architecture),
     )
 
 
-def read_bytes(bundle: Bundle, backend: str) -> int:
-    """Bytes of weights that decoding a token reads: the files of a backend, without an embedding of which it reads one row only.
+def read_bytes(model: ModelManifest) -> int:
+    """Bytes of weights and their scales, one of four bytes a group, that decoding a token reads: all linear layers, the output layer, and
+    norms. Of the embedding it is one row. A block that is repeated counts once."""
+    a, q = model.architecture, model.quantization
+    scale = 4 / q.group_size if q.group_size else 0.0
+    weight = _WEIGHT_BYTES[q.weights] + scale
+    shared = (
+        a.tied_embeddings and q.weights != "none" and q.embedding == "int8"
+    )  # one tensor, as the embedding is stored
+    head = a.vocab_size * a.hidden_size * (1 + scale if shared else weight)
+    norms = 4 * (2 * a.layers + 1) * a.hidden_size
+    return round(a.layers * block_weights(a) * weight + head + norms)
 
-    A block that is repeated counts once.
-    """
-    model, variant = bundle.model, getattr(bundle.model.variants, backend, None)
-    if isinstance(variant, OnnxVariant):
-        names = variant.data or [variant.model]
-    elif isinstance(variant, ExecutorchVariant):
-        names = variant.data or [variant.program]
-    else:
-        names = [file.path for file in bundle.manifest.files]
-    stored = model.quantization.embedding
-    # A quantized model keeps an embedding of floats beside its output layer, also where the checkpoint has one tensor for both.
-    apart = not model.architecture.tied_embeddings or (
-        model.quantization.weights != "none" and stored in ("fp16", "fp32")
-    )
-    table = model.architecture.vocab_size * model.architecture.hidden_size * _EMBEDDING_BYTES[stored]
-    total = sum(file.size for file in bundle.manifest.files if file.path in names)
-    return max(1, total - (round(table) if apart else 0))
+
+def block_weights(a: Architecture) -> int:
+    """Weights of the linear layers of one block."""
+    return a.hidden_size * (a.head_size * (2 * a.heads + 2 * a.kv_heads) + 3 * a.ffn_size)
 
 
 def kv_bytes(a: Architecture, dtype: str) -> int:
@@ -80,8 +76,7 @@ def kv_bytes(a: Architecture, dtype: str) -> int:
 
 def operations(a: Architecture) -> int:
     """Multiplications and additions of all linear layers and the output layer, for one token."""
-    attention = a.hidden_size * a.head_size * (2 * a.heads + 2 * a.kv_heads)
-    return 2 * (a.passes * (attention + 3 * a.hidden_size * a.ffn_size) + a.vocab_size * a.hidden_size)
+    return 2 * (a.passes * block_weights(a) + a.vocab_size * a.hidden_size)
 
 
 def processor_name(root: Path = Path("/")) -> str:

@@ -116,9 +116,8 @@ def _measure(path: Path, job: Job, asked: Measure, sensors: Sensors, load: LoadE
     began = perf_counter_ns()
     with load(path, job) as engine:
         yield Observation(test="load_warm", samples_ns=[perf_counter_ns() - began])
-        nbytes = read_bytes(bundle, engine.backend.name)
         yield from measure(engine, asked, watch, state_folder(path))
-    yield from controls(nbytes, job.threads, asked.rounds)
+    yield from controls(read_bytes(bundle.model), job.threads, asked.rounds)
 
 
 def _read_through(file: Path) -> None:
