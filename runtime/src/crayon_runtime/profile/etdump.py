@@ -38,8 +38,8 @@ def read_etdump(content: bytes) -> list[list[Event]]:
     Raises:
         ValueError: it is no ETDump.
     """
-    if content[8:12] != b"ED00":
-        raise ValueError("this is no ETDump")
+    if content[8:12] != b"ED00" or _u32(content, 0) != len(content) - _SIZE:
+        raise ValueError("this is no ETDump, or not a whole one")
     try:
         root = _Table(content, _SIZE + _u32(content, _SIZE))
         return [[event for event in _events(run) if event] for run in root.tables(1)]
