@@ -34,6 +34,7 @@ NAMES = (
     "pte",
     "native",
     "mobilellm",
+    "profile",
 )
 
 

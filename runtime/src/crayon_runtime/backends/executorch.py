@@ -223,6 +223,13 @@ class ExecutorchCache:
         if adapter is not self._adapter:
             self._use(adapter)
 
+    def trace(self, path: Path | None) -> None:
+        """Record the time of every operator from now on, and with None write it to the path given before, as an ETDump."""
+        try:
+            self._cache.trace(path)
+        except self._native_error as e:
+            raise _error(e, self._backend.program.path) from e
+
     def close(self) -> None:
         self._adapter = None
         self._cache.close()

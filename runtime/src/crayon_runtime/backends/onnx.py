@@ -47,11 +47,13 @@ class OnnxBackend:
         self._slots = {i.name: i.shape for i in session.get_overridable_initializers()}
 
     @classmethod
-    def load(cls, bundle: Bundle, *, threads: int | None = None) -> OnnxBackend:
+    def load(cls, bundle: Bundle, *, threads: int | None = None, profile: Path | None = None) -> OnnxBackend:
         """Load the bundle's ONNX variant.
 
         Args:
             threads: cores to compute on; None: as many as there are physical ones.
+            profile: the beginning of the name of a file in which ONNX Runtime notes the time of every node; `session.end_profiling()`
+                writes it.
 
         Raises:
             BackendError: the bundle has no ONNX variant, or ONNX Runtime refuses it.
@@ -64,7 +66,7 @@ class OnnxBackend:
         if bundle.model.kv_dtype not in _KV_TYPES:
             raise BackendError(f"ONNX Runtime cannot keep a {bundle.model.kv_dtype} KV cache here", where=bundle.path)
         model = bundle.file(variant.model)
-        return cls(_session(model, cls.graph(model), threads), bundle)
+        return cls(_session(model, cls.graph(model), threads, profile), bundle)
 
     @staticmethod
     def graph(model: Path) -> bytes | None:  # noqa: ARG004
@@ -242,7 +244,7 @@ class OnnxCache:
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def _session(model: Path, graph: bytes | None, threads: int | None) -> Any:
+def _session(model: Path, graph: bytes | None, threads: int | None, profile: Path | None) -> Any:
     try:
         import onnxruntime as ort
     except ImportError as e:
@@ -253,6 +255,9 @@ def _session(model: Path, graph: bytes | None, threads: int | None) -> Any:
     # Shapes change with every token: a memory plan per shape would be made once, never used again, and kept.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     try:
         return ort.InferenceSession(graph or str(model), options, providers=["CPUExecutionProvider"])
     except Exception as e:
