@@ -132,7 +132,7 @@ PROCESSES = """
     from pathlib import Path
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
     from transformers import AutoTokenizer
-    from crayon_server import training
+    from crayon_server import models, training
     from crayon_server.pool import data, embeddings
     from crayon_server.pool.build import build
     from crayon_server.pool.joint import JointLoras

@@ -147,6 +147,8 @@ def locate(embeddings: Embeddings, groups: Sequence[str] | None, settings: Setti
     _check_count(len(embeddings.answer), settings)
     members = _members(groups) if recipe == "groups" else None
     indicators.check_different(embeddings.answer)
+    if members is None:
+        indicators.check_count(part_of(recipe, embeddings), settings.adapters)
     parts = None if recipe == "paper" else indicators.fit_residual(embeddings.prompt, embeddings.answer)
     queries = _queries(recipe, parts, embeddings)
     dimensions = settings.dimensions or DIMENSIONS[recipe]

@@ -310,6 +310,17 @@ def check_different(states: Floats) -> None:
         raise InvalidInput("the texts do not differ: their embeddings are all equal", do="give texts of several tasks")
 
 
+def different(states: Rows, most: int) -> int:
+    """How many rows differ by more than rounding, counted up to `most`: what a text's state is depends on its batch, a little."""
+    kept = np.empty((0, states.shape[1]), np.float32)
+    for row in (row for block in blocks(states) for row in block):
+        if len(kept) == most:
+            break
+        if (np.abs(kept - row).max(axis=1, initial=0) > ROUNDING * np.abs(row).max()).all():
+            kept = np.vstack([kept, row])
+    return len(kept)
+
+
 def samples_of_groups(
     queries: Rows, groups: Sequence[Indices], size: int, each: int, generator: np.random.Generator
 ) -> Floats:
@@ -329,6 +340,13 @@ def normalize(z: Floats) -> Floats:
     return unit
 
 
+def check_count(states: Rows, count: int) -> None:
+    """Raise InvalidInput if fewer of the rows of `states` differ than there are to be clusters."""
+    found = different(states, count)
+    if found < count:
+        raise InvalidInput(f"{count} clusters of {found} different texts", do=f"use --adapters {found} or fewer")
+
+
 def cluster(z: Floats, count: int, seed: int) -> tuple[Floats, Indices]:
     """k-means over normalized z; of more than `LARGEST_K_MEANS` points in batches (`MiniBatchKMeans`).
 
@@ -336,16 +354,12 @@ def cluster(z: Floats, count: int, seed: int) -> tuple[Floats, Indices]:
         The centroids at unit length, float32 [count, k], and the cluster of each row of `z`, int64 [n].
 
     Raises:
-        InvalidInput: there are fewer different rows than clusters.
+        InvalidInput: as `check_count`.
     """
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
     points = normalize(z)
-    different = len(np.unique(points.round(6), axis=0))
-    if different < count:
-        raise InvalidInput(
-            f"{count} clusters of {different} different texts", do=f"use --adapters {different} or fewer"
-        )
+    check_count(points, count)
     if len(points) > LARGEST_K_MEANS:
         k_means = MiniBatchKMeans(count, n_init=4, random_state=seed, batch_size=BLOCK)
     else:
