@@ -1,4 +1,4 @@
-/* Text as it comes, token by token. */
+// Text as it comes, token by token.
 package crayon.runtime.tokenizer
 
 /**
