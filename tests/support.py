@@ -92,6 +92,19 @@ class Needs:
             absent("the oldest supported onnxruntime", "run the tests with `make test`, which installs it")
         return Path(folder)
 
+    def maven(self) -> Path:
+        """The program `mvn`, with a JDK that compiles for Java 17."""
+        found, compiler = shutil.which("mvn"), shutil.which("javac")
+        says = (
+            subprocess.run([compiler, "-version"], capture_output=True, text=True, check=True).stdout
+            if compiler
+            else ""
+        )
+        version = re.search(r"javac (\d+)", says)
+        if found is None or version is None or int(version[1]) < 17:
+            absent("Maven with a JDK of version 17", "install the Debian packages maven and openjdk-17-jdk-headless")
+        return Path(found)
+
     def native(self) -> ModuleType:
         """The runner of ExecuTorch programs, `crayon_native`."""
         try:
