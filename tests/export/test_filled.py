@@ -21,6 +21,7 @@ from crayon_export.executorch.filled import Filling, SingleFile, checked, entrie
 from crayon_export.executorch.template import Program, Run, Slot, Template
 from crayon_export.executorch.templates import list_templates, read_template
 from crayon_export.exporter import export
+from crayon_export.rounding import nearest
 from crayon_export.tensorfile import read_safetensors
 from crayon_runtime import Engine, backends, golden
 from crayon_runtime.affine import Affine
@@ -175,9 +176,9 @@ def test_a_template_for_other_shapes_is_not_filled(templates: Template, tmp_path
     with (tmp_path / "model.ptd").open("x+b") as file, ThreadPoolExecutor(1) as pool:
         storage = Filling(templates, file, with_slots=True, single_file=False, pool=pool).storage
         with pytest.raises(TemplateError, match=r"are int4 \[160, 32\]; the template is for int4 \[160, 64\]"):
-            storage.linear("model.layers.0.mlp.up_proj", 160, 32)
+            storage.linear("model.layers.0.mlp.up_proj", 160, 32, nearest)
         with pytest.raises(TemplateError, match="no place for the codes of model.layers.2.mlp.up_proj.weight"):
-            storage.linear("model.layers.2.mlp.up_proj", 160, 64)
+            storage.linear("model.layers.2.mlp.up_proj", 160, 64, nearest)
         with pytest.raises(TemplateError, match="the values of model.norm.weight are fp32"):
             storage.vector("model.norm.weight", np.ones(65, np.float32))
 

@@ -16,6 +16,8 @@ import kotlinx.coroutines.withTimeout
 import org.junit.jupiter.api.Test
 import org.junit.jupiter.api.io.TempDir
 import java.nio.file.Path
+import java.util.concurrent.CountDownLatch
+import java.util.concurrent.TimeUnit
 import kotlin.test.BeforeTest
 import kotlin.test.assertContains
 import kotlin.test.assertEquals
@@ -131,10 +133,22 @@ class EngineTest {
     @Test
     fun `its state tells what it does`() =
         runBlocking {
+            val looked = CountDownLatch(1)
+            say(
+                FakeBackend(
+                    Script { _, said, _ ->
+                        if (said > 0) assertTrue(looked.await(10, TimeUnit.SECONDS))
+                        if (said < 3) 3 else 2
+                    },
+                ),
+            )
             assertEquals(EngineState.Ready, engine.state.value)
             val seen = ArrayList<EngineState>()
-            engine.stream("hi").pieces.collect { seen += engine.state.value }
-            assertEquals(setOf<EngineState>(EngineState.Answering(1)), seen.toSet())
+            engine.stream("hi").pieces.collect {
+                seen += engine.state.value
+                looked.countDown()
+            }
+            assertEquals(EngineState.Answering(1), seen.first())
             assertEquals(EngineState.Ready, engine.state.value)
             engine.unload()
             assertEquals(EngineState.Empty, engine.state.value)
