@@ -224,10 +224,13 @@ def test_the_service_counts_the_same_bytes(done: tuple[Path, DemoReport]) -> Non
 
 def test_what_leaves_with_a_query_is_the_query(done: tuple[Path, DemoReport]) -> None:
     out, report = done
+    # The policy of so small a demo may keep all that one of them asks.
+    asking = [person for person in report.people if person.chat]
+    assert len(asking) > 1
     for person in report.people:
+        assert len(person.chat) == sum(query.route == "server" for query in person.asked)
+    for person in asking:
         sent = [query for query in person.asked if query.route == "server"]
-        assert sent
-        assert len(sent) == len(person.chat)
         assert not any(query.fallback for query in person.asked)
         for query, message in zip(sent, person.chat, strict=True):
             assert json.loads(message.request_body) == {
