@@ -23,7 +23,7 @@ import torch
 from benchmarks.measure import interleaved
 from benchmarks.table import Row
 from crayon_runtime.files import atomic_directory, atomic_file
-from crayon_server import models, training
+from crayon_server import models, svg, training
 from crayon_server.cli import quiet
 from crayon_server.data.phone_assistant import CONVENTIONS, Example, stream
 from crayon_server.distillation import Teacher
@@ -233,28 +233,23 @@ def _sizes(
 
 def _chart(curves: dict[str, list[list[Result]]], text: dict[str, list[Result] | None]) -> bytes:
     """Exact match against parameters, and log-loss of plain texts, with deviations over seeds: SVG."""
-    import io
 
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({"svg.hashsalt": "crayon", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for place, (name, points) in enumerate(curves.items()):
-            sizes = [some[0].parameters / 1e6 for some in points]
-            exact = [[r.exact_match or 0.0 for r in some] for some in points]
-            style = {"marker": "o", "capsize": 3, "label": name, "markersize": 4}
-            left.errorbar(sizes, [fmean(e) for e in exact], [stdev(e) for e in exact], **style)
-            if some := text[name]:
-                losses = [r.test for r in some]
-                right.errorbar([place], [fmean(losses)], [stdev(losses)], **style)
-        left.set(xlabel="parameters, millions", ylabel="exact match, phone-assistant requests", ylim=(0, None))
-        left.legend(fontsize=7)
-        right.set(ylabel="nats per token, plain texts", xticks=[])
-        image = io.BytesIO()
-        figure.savefig(image, format="svg", metadata={"Date": None})
-    return image.getvalue()
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for place, (name, points) in enumerate(curves.items()):
+        sizes = [some[0].parameters / 1e6 for some in points]
+        exact = [[r.exact_match or 0.0 for r in some] for some in points]
+        style = {"marker": "o", "capsize": 3, "label": name, "markersize": 4}
+        left.errorbar(sizes, [fmean(e) for e in exact], [stdev(e) for e in exact], **style)
+        if some := text[name]:
+            losses = [r.test for r in some]
+            right.errorbar([place], [fmean(losses)], [stdev(losses)], **style)
+    left.set(xlabel="parameters, millions", ylabel="exact match, phone-assistant requests", ylim=(0, None))
+    left.legend(fontsize=7)
+    right.set(ylabel="nats per token, plain texts", xticks=[])
+    return svg.render(figure)
 
 
 # Texts

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.checkpoints import sparse_checkpoint
 from crayon_export import export
@@ -15,6 +19,17 @@ from crayon_server.models import load_nano
 def tokenizer() -> Path:
     """Sparse checkpoints have no text to tell; any tokenizer that fits their vocabulary does."""
     return load_nano()
+
+
+def exported(model: Path, out: Path, *options: str) -> dict[str, Any]:
+    """Run `crayon export` in a process of its own, with any tokenizer where the model has none; returns its report."""
+    command = [sys.executable, "-m", "crayon_runtime", "export", str(model), "--out", str(out), "--force", "--json"]
+    if not any((model / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        command += ["--tokenizer", str(tokenizer())]
+    print(f"  exporting {out.name} …", file=sys.stderr, flush=True)
+    done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE)
+    report: dict[str, Any] = json.loads(done.stdout)["report"]
+    return report
 
 
 def tinyllama(work: Path, *, group_size: int = 32, slots: bool = True) -> Path:

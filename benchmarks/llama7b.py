@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bundles import bytes_per_token, tokenizer
+from benchmarks import bundles
+from benchmarks.bundles import bytes_per_token
 from benchmarks.checkpoints import sparse_checkpoint
 from benchmarks.table import Row
 from crayon_runtime import Engine
@@ -40,12 +38,8 @@ def run(work: Path) -> Iterator[Row]:
 
 
 def exported(model: Path, bundle: Path, *options: str) -> dict[str, Any]:
-    """Run `crayon export` in a process of its own; returns its report."""
-    command = [sys.executable, "-m", "crayon_runtime", "export", str(model), "--out", str(bundle), "--force", "--json"]
-    command += ["--adapter", str(model / "adapter"), "--tokenizer", str(tokenizer()), *options]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-    report: dict[str, Any] = json.loads(done.stdout)["report"]
-    return report
+    """`bundles.exported` with the model's adapter."""
+    return bundles.exported(model, bundle, "--adapter", str(model / "adapter"), *options)
 
 
 def decoding(bundle: Path, backend: str) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -44,6 +45,39 @@ def speed_ratio(seconds: dict[str, list[float]], of: str, to: str) -> float:
 def rate(seconds: list[float], count: int) -> float:
     """Median of `count` things a second."""
     return count / float(np.median(seconds))
+
+
+_START = """
+import json, os, sys, time
+from pathlib import Path
+from crayon_runtime import Engine
+started = time.perf_counter()
+engine = Engine.load(sys.argv[1], backend=sys.argv[2], threads=int(sys.argv[3]))
+loaded = time.perf_counter()
+engine.generate([1], max_new_tokens=1)
+first = time.perf_counter()
+engine.generate([1], max_new_tokens=1)
+again = time.perf_counter()
+resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+print(json.dumps([loaded - started, (first - loaded) - (again - first), resident]))
+"""
+
+
+class Start(NamedTuple):
+    """A new process."""
+
+    load: float
+    """Seconds to load a bundle."""
+    init: float
+    """Seconds that its first token takes longer than the second."""
+    resident: int
+    """Bytes of memory after them, with the weights."""
+
+
+def start(bundle: Path, backend: str, threads: int) -> Start:
+    """Load a bundle in a new process, which answers with two tokens. Linux only."""
+    command = [sys.executable, "-c", _START, str(bundle), backend, str(threads)]
+    return Start(*json.loads(subprocess.check_output(command)))
 
 
 class Busy:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,13 +13,13 @@ from statistics import geometric_mean, median
 from typing import Any, NamedTuple
 
 from benchmarks import bundles, native
-from benchmarks.bundles import tokenizer
 from benchmarks.checkpoints import sparse_checkpoint
-from benchmarks.measure import interleaved, rate, speed_ratio
+from benchmarks.measure import Start, interleaved, rate, speed_ratio, start
 from benchmarks.native import THREADS, TOKENS, OurRunner
 from benchmarks.table import Row
 from crayon_runtime.backends.executorch import is_installed
 from crayon_runtime.probe import read_bandwidth
+from crayon_server import svg
 
 SIZES = ("125m", "350m", "600m", "1b", "1.5b")
 PLAIN, SHARED, UNSHARED = "30 layers", "30 shared, computed twice", "60 layers"
@@ -62,10 +59,7 @@ def bundle(work: Path, name: str, backend: str, *, layers: int | None = None, qu
     model = sparse_checkpoint(work, name, layers=layers)
     out = work / f"{model.name}-{quantize}.{backend}-bundle"
     if not out.exists():
-        print(f"  exporting {out.name} …", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "crayon_runtime", "export", str(model), "--out", str(out), "--json"]
-        command += ["--backend", backend, "--quantize", quantize, "--no-adapter-slots", "--tokenizer", str(tokenizer())]
-        subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        bundles.exported(model, out, "--backend", backend, "--quantize", quantize, "--no-adapter-slots")
     return out
 
 
@@ -140,8 +134,8 @@ def _shared(work: Path, backend: str) -> Iterator[Row]:
         abs(larger) <= 0.01,
     )
     starts = _starts(made, backend)
-    memory = {depth: median(start.resident for start in starts[depth]) for depth in made}
-    first = {depth: [start.load + start.init for start in starts[depth]] for depth in made}
+    memory = {depth: median(each.resident for each in starts[depth]) for depth in made}
+    first = {depth: [each.load + max(0.0, each.init) for each in starts[depth]] for depth in made}
     tokens = _tokens(made, backend)
     for depth in (SHARED, UNSHARED):
         load = median(a / b for a, b in zip(first[depth], first[PLAIN], strict=True)) - 1
@@ -157,41 +151,9 @@ def _shared(work: Path, backend: str) -> Iterator[Row]:
         )
 
 
-_START = """
-import json, os, sys, time
-from pathlib import Path
-from crayon_runtime import Engine
-started = time.perf_counter()
-engine = Engine.load(sys.argv[1], backend=sys.argv[2], threads=int(sys.argv[3]))
-loaded = time.perf_counter()
-engine.generate([1], max_new_tokens=1)
-first = time.perf_counter()
-engine.generate([1], max_new_tokens=1)
-again = time.perf_counter()
-resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-print(json.dumps([loaded - started, max(0, (first - loaded) - (again - first)), resident]))
-"""
-
-
-class Start(NamedTuple):
-    """A new process."""
-
-    load: float
-    """Seconds."""
-    init: float
-    """Seconds that its first token takes longer than the second."""
-    resident: int
-    """Bytes of memory after them, with the weights."""
-
-
-def _start(path: Path, backend: str) -> Start:
-    command = [sys.executable, "-c", _START, str(path), backend, str(THREADS)]
-    return Start(*json.loads(subprocess.check_output(command)))
-
-
 def _starts(made: Mapping[str, Path], backend: str) -> dict[str, list[Start]]:
     """Of each bundle, in turns; a first time warms the page cache."""
-    rounds = [{name: _start(path, backend) for name, path in made.items()} for _ in range(1 + PROCESSES)]
+    rounds = [{name: start(path, backend, THREADS) for name, path in made.items()} for _ in range(1 + PROCESSES)]
     return {name: [started[name] for started in rounds[1:]] for name in made}
 
 
@@ -273,12 +235,11 @@ def _measure(work: Path, backend: str, size: str) -> Speed:
     decode = interleaved({"": native.decoding(sequence, POSITION)}, ROUNDS)[""]
     runner.close()
     load, init, resident = (median(column) for column in zip(*starts, strict=True))
-    return Speed(load, init, rate(prefill, PROMPT), rate(decode, TOKENS), int(resident))
+    return Speed(load, max(0.0, init), rate(prefill, PROMPT), rate(decode, TOKENS), int(resident))
 
 
 def draw(measured: Mapping[str, Mapping[str, Speed]]) -> bytes:
     """An SVG of all sizes: speed, start and memory by parameters."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     from crayon_export import architecture
@@ -294,17 +255,14 @@ def draw(measured: Mapping[str, Mapping[str, Speed]]) -> bytes:
         "load and init, ms": lambda s: 1e3 * (s.load + s.init),
         "memory, MB": lambda s: s.memory / _MB,
     }
-    with mpl.rc_context({"svg.hashsalt": "crayon", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(10, 3), layout="constrained")
-        for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-            for backend, speeds in measured.items():
-                x = [parameters[size] for size in speeds]
-                axes.plot(x, [value(speed) for speed in speeds.values()], marker="o", label=NAMES[backend])
-            axes.set(title=title, xlabel="million parameters", xscale="log", yscale="log")
-            axes.set_xticks([parameters[size] for size in SIZES], [size.upper() for size in SIZES])
-            axes.minorticks_off()
-            axes.grid(color="0.9")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(measured))
-        image = io.BytesIO()
-        figure.savefig(image, format="svg", metadata={"Date": None})
-    return image.getvalue()
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for backend, speeds in measured.items():
+            x = [parameters[size] for size in speeds]
+            axes.plot(x, [value(speed) for speed in speeds.values()], marker="o", label=NAMES[backend])
+        axes.set(title=title, xlabel="million parameters", xscale="log", yscale="log")
+        axes.set_xticks([parameters[size] for size in SIZES], [size.upper() for size in SIZES])
+        axes.minorticks_off()
+        axes.grid(color="0.9")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(measured))
+    return svg.render(figure)

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import ggml
-from benchmarks.bundles import tinyllama, tokenizer
+from benchmarks.bundles import exported, tinyllama
 from benchmarks.checkpoints import sparse_checkpoint
-from benchmarks.measure import Busy, interleaved, rate, speed_ratio
+from benchmarks.measure import Busy, interleaved, rate, speed_ratio, start
 from benchmarks.parity import STORIES
 from benchmarks.table import Row
 from crayon_export import export
@@ -134,15 +134,11 @@ def executorch(
     if out.exists():
         return out
     source = model or sparse_checkpoint(work, "tinyllama-1.1b")
-    command = [sys.executable, "-m", "crayon_runtime", "export", str(source), "--out", str(out), "--json"]
-    command += ["--backend", "executorch", "--group-size", str(group_size), "--kv-dtype", kv_dtype]
-    if not (source / "tokenizer.json").exists() and not (source / "tokenizer.model").exists():
-        command += ["--tokenizer", str(tokenizer())]
+    options = ["--backend", "executorch", "--group-size", str(group_size), "--kv-dtype", kv_dtype]
     if adapter:
-        command += ["--adapter", str(source / "adapter")]
-    print(f"  exporting {out.name} …", file=sys.stderr, flush=True)
+        options += ["--adapter", str(source / "adapter")]
     started = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    exported(source, out, *options)
     print(f"  exported {out.name} ({time.perf_counter() - started:.0f} s)", file=sys.stderr, flush=True)
     return out
 
@@ -441,31 +437,15 @@ def _adapter(work: Path) -> Iterator[Row]:
 
 # Processes
 
-_LOAD = """
-import json, sys, time
-from crayon_runtime import Engine
-started = time.perf_counter()
-engine = Engine.load(sys.argv[1], backend="executorch", threads=int(sys.argv[2]))
-loaded = time.perf_counter()
-engine.generate([1], max_new_tokens=1)
-first = time.perf_counter()
-engine.generate([1], max_new_tokens=1)
-again = time.perf_counter()
-print(json.dumps({"load": loaded - started, "more": (first - loaded) - (again - first)}))
-"""
-
 
 def _process(work: Path) -> Iterator[Row]:
     bundle = executorch(work)
-    command = [sys.executable, "-c", _LOAD, str(bundle), str(THREADS)]
-    loads = [json.loads(subprocess.check_output(command)) for _ in range(6)][
-        1:
-    ]  # the first one may read them from the disk
-    seconds = median(load["load"] + load["more"] for load in loads)
+    starts = [start(bundle, "executorch", THREADS) for _ in range(6)][1:]  # the first one may read them from the disk
+    seconds = median(each.load + each.init for each in starts)
     yield Row(
         "load at 1.1B shapes, and what the first token takes longer than the second",
         "<= 0.3 s",
-        f"{seconds:.2f} s, of which load {median(load['load'] for load in loads):.2f} s",
+        f"{seconds:.2f} s, of which load {median(each.load for each in starts):.2f} s",
         seconds <= 0.3,
     )
     command = [sys.executable, "-m", "crayon_runtime", "run", str(bundle), "set an alarm", "--backend", "executorch"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
+
+from crayon_server import svg
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -84,21 +85,17 @@ def plot(losses: Sequence[float], what: str, validation: Mapping[int, float] | N
         what: the losses are, for the axis.
         validation: step -> loss on held-out texts.
     """
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({"svg.hashsalt": "crayon", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(7, 3.5), layout="constrained")
-        axes = figure.add_subplot(xlabel="step", ylabel=what)
-        steps = np.arange(1, len(losses) + 1)
-        axes.plot(steps, losses, color="0.75", linewidth=1, label="of each batch")
-        window = max(1, len(losses) // 20)
-        smooth = np.convolve(losses, np.ones(window) / window, "valid")
-        axes.plot(steps[window - 1 :], smooth, label=f"mean of {window}")
-        if validation:
-            axes.plot(list(validation), list(validation.values()), marker=".", label="on held-out texts")
-        axes.set_ylim(bottom=0)
-        axes.legend()
-        image = io.BytesIO()
-        figure.savefig(image, format="svg", metadata={"Date": None})
-    return image.getvalue()
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel=what)
+    steps = np.arange(1, len(losses) + 1)
+    axes.plot(steps, losses, color="0.75", linewidth=1, label="of each batch")
+    window = max(1, len(losses) // 20)
+    smooth = np.convolve(losses, np.ones(window) / window, "valid")
+    axes.plot(steps[window - 1 :], smooth, label=f"mean of {window}")
+    if validation:
+        axes.plot(list(validation), list(validation.values()), marker=".", label="on held-out texts")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return svg.render(figure)

@@ -300,6 +300,10 @@ def _read(
                 texts = (text for source in sources for text in stream_plain(source, name))
                 write_tokens(tokenizer, _chosen(texts, settings, held_out=held_out), path)
         place.wait_for_everyone()
+        if not paths[0].stat().st_size:
+            raise InvalidInput(
+                "there are no texts to train on", where=", ".join(sources), do="check that it holds text"
+            )
         packed = Packed(paths[0], length)
         validation = Packed(paths[1], length)[:VALIDATION] if paths[1].stat().st_size else []
         return _Data(packed, validation, 0, packed.digest)

@@ -108,6 +108,12 @@ def _load(names: Sequence[str], data: Path | None, shots: int, lm: CrayonLM) -> 
             if shots:
                 raise InvalidInput("api_calling has no examples to show", do="leave --num-fewshot out")
             yield api_calling.load(data if folder is None else None, lambda text: len(lm.tok_encode(text)))
+        elif data and folder is None:
+            raise InvalidInput(
+                f"the questions of {name} are read from a folder, and this is a file",
+                where=data,
+                do=f"give the folder with {name}_test.jsonl or {name}_dev.jsonl, or leave --data out",
+            )
         elif folder and name in here:
             yield local.load(name, folder, shots=shots)
         elif folder and name in local.TASKS:
@@ -126,7 +132,7 @@ def _from_the_hub(name: str, here: Sequence[str]) -> Any:
 
     manager = _hub_tasks()
     if name not in manager.all_tasks:
-        near = get_close_matches(name, [*local.TASKS, *manager.all_tasks], 5)
+        near = get_close_matches(name, {*local.TASKS, *manager.all_tasks}, 5)
         raise InvalidInput(
             f"there is no task {name!r}" + f"; near: {', '.join(near)}" * bool(near),
             where="tasks",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
+
+from crayon_server import svg
 
 DRAWN: dict[str, dict[str, Any]] = {
     "oracle": {"color": "0.6", "linestyle": "--"},
@@ -21,19 +22,15 @@ PAPER = "prototypes_mean (the paper's)"
 
 def draw(result: dict[str, Any]) -> bytes:
     """An SVG of what `run` gives; the same for the same numbers."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({"svg.hashsalt": "crayon", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(9, 4.4), layout="constrained")
-        for axes, (measure, title) in zip(figure.subplots(1, len(TITLES)), TITLES.items(), strict=True):
-            curves = result["curves"][measure]
-            for name, style in DRAWN.items():
-                label = PAPER if name == "prototypes_mean" else name
-                axes.plot(curves["calls"], curves[name], label=label, **style)
-            axes.set(title=title, xlabel="share of queries to the server", ylabel="share of right answers")
-            axes.grid(color="0.9")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        image = io.BytesIO()
-        figure.savefig(image, format="svg", metadata={"Date": None})
-    return image.getvalue()
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    for axes, (measure, title) in zip(figure.subplots(1, len(TITLES)), TITLES.items(), strict=True):
+        curves = result["curves"][measure]
+        for name, style in DRAWN.items():
+            label = PAPER if name == "prototypes_mean" else name
+            axes.plot(curves["calls"], curves[name], label=label, **style)
+        axes.set(title=title, xlabel="share of queries to the server", ylabel="share of right answers")
+        axes.grid(color="0.9")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return svg.render(figure)
