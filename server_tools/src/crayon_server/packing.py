@@ -8,13 +8,14 @@ the one before it, so that every token but the first of all is predicted exactly
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, overload
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from crayon_runtime.errors import InvalidInput
 from crayon_runtime.files import atomic_file
+from crayon_server.sliced import Sliced
 from crayon_server.training import Tokens
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def _together(texts: Iterable[str]) -> Iterable[list[str]]:
         yield some
 
 
-class Packed(Sequence[Tokens]):
+class Packed(Sliced[Tokens]):
     """The sequences of a file of `write_tokens`; nothing of it is in memory. The last one may be shorter.
 
     Args:
@@ -77,13 +78,7 @@ class Packed(Sequence[Tokens]):
     def __len__(self) -> int:
         return -(-(len(self._ids) - 1) // (self._length - 1))
 
-    @overload
-    def __getitem__(self, i: int) -> Tokens: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Tokens]: ...
-    def __getitem__(self, i: int | slice) -> Tokens | list[Tokens]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        begin = range(len(self))[i] * (self._length - 1)
+    def _at(self, i: int) -> Tokens:
+        begin = i * (self._length - 1)
         ids = self._ids[begin : begin + self._length].tolist()
         return Tokens(ids, [True] * len(ids))

@@ -278,7 +278,7 @@ def test_importing_the_verb_is_light() -> None:
 @pytest.mark.slow
 def test_names_that_nobody_knows(bundle: Path, data: Path) -> None:
     unknown = run(bundle, "--tasks", "piqqa", "--data", data, code=1)
-    assert "there is no task 'piqqa'; near: piqa" in str(unknown)
+    assert "there is no task 'piqqa'; near: piqa, siqa," in str(unknown)
     assert f"with --data: {', '.join(ITEMS)}" in str(unknown)
 
 
@@ -297,6 +297,8 @@ def test_data_that_are_not_there(bundle: Path, tmp_path: Path) -> None:
     assert "there are no questions of piqa" in str(missing)
     assert "there are: boolq" in str(missing)
     assert "there is no data" in str(run(bundle, "--tasks", "piqa", "--data", tmp_path / "none", code=1))
+    file = tmp_path / "few" / "boolq_dev.jsonl"
+    assert "read from a folder, and this is a file" in str(run(bundle, "--tasks", "boolq", "--data", file, code=1))
     assert "examples" in str(run(bundle, "--tasks", "api_calling", "--num-fewshot", 1, code=1))
     assert "no task is named" in str(run(bundle, "--tasks", ",", code=1))
 

@@ -7,7 +7,6 @@ they depend on, so that other texts or settings never find old ones.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 FROM_NOTHING, FROM_A_FOLDER = 2e-3, 2e-4
 """Peak learning rates: MobileLLM's (arXiv:2402.14905), and a tenth of it for weights that know something."""
 VALIDATION = 256
-"""Sequences that the validation loss is of, at most."""
+"""Texts, and sequences of tokens, that the validation loss is of, at most."""
 LIBRARIES = ("accelerate", "torch", "transformers")
 """Whose versions are written down."""
 
@@ -295,10 +294,10 @@ def _read(
     if ("text" in fields) if fields else is_plain(sources[0]):
         name = (fields or {}).get("text", "text")
         paths = [work / "train.tokens", work / "held-out.tokens"]
-        for path, held_out in zip(paths, (False, True), strict=True):
-            if place.is_main_process:
-                texts = (text for source in sources for text in stream_plain(source, name))
-                write_tokens(tokenizer, _chosen(texts, settings, held_out=held_out), path)
+        if place.is_main_process:
+            texts, aside = _hold_out((text for source in sources for text in stream_plain(source, name)), settings)
+            write_tokens(tokenizer, texts, paths[0])
+            write_tokens(tokenizer, aside, paths[1])
         place.wait_for_everyone()
         if not paths[0].stat().st_size:
             raise InvalidInput(
@@ -308,22 +307,29 @@ def _read(
         validation = Packed(paths[1], length)[:VALIDATION] if paths[1].stat().st_size else []
         return _Data(packed, validation, 0, packed.digest)
 
-    def pairs(*, held_out: bool) -> Iterator[Pair]:
-        lines = (line for source in sources for line in stream(source, fields))
-        return _chosen((Pair(line.prompt, line.completion) for line in lines), settings, held_out=held_out)
-
-    corpus = Corpus(tokenizer, pairs(held_out=False), length)
-    held = (training.tokenize(tokenizer, pair) for pair in pairs(held_out=True))
-    validation = list(itertools.islice((text for text in held if len(text.ids) <= length), VALIDATION))
+    lines = (line for source in sources for line in stream(source, fields))
+    pairs, held = _hold_out((Pair(line.prompt, line.completion) for line in lines), settings)
+    corpus = Corpus(tokenizer, pairs, length)
+    validation = [text for text in (training.tokenize(tokenizer, pair) for pair in held) if len(text.ids) <= length]
     return _Data(corpus, validation, corpus.left_out, corpus.digest)
 
 
-def _chosen(texts: Iterator[Item], settings: Settings, *, held_out: bool) -> Iterator[Item]:
-    """Those to train on, or those that are held out: the same ones whatever else there is."""
-    for i, text in enumerate(texts):
-        drawn = int.from_bytes(hashlib.sha256(f"{settings.seed} {i}".encode()).digest()[:8], "big") / 2**64
-        if (drawn < settings.held_out) == held_out:
-            yield text
+def _hold_out(texts: Iterator[Item], settings: Settings) -> tuple[Iterator[Item], list[Item]]:
+    """Those to train on, and the first of those held out, which are there when the others were read.
+
+    Whether a text is held out depends on its place and on the seed alone, so it is so whatever else there is.
+    """
+    held: list[Item] = []
+
+    def others() -> Iterator[Item]:
+        for i, text in enumerate(texts):
+            drawn = int.from_bytes(hashlib.sha256(f"{settings.seed} {i}".encode()).digest()[:8], "big") / 2**64
+            if drawn >= settings.held_out:
+                yield text
+            elif len(held) < VALIDATION:
+                held.append(text)
+
+    return others(), held
 
 
 # While it is trained, and after

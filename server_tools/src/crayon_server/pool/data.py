@@ -18,13 +18,14 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from crayon_runtime.errors import InvalidInput
 from crayon_runtime.files import atomic_file
 from crayon_server import training
+from crayon_server.sliced import Sliced
 from crayon_server.training import Tokens
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ def _on_the_hub(name: str, split: str, renamed: type[msgspec.Struct]) -> Iterato
 # In files
 
 
-class Texts(Sequence[Pair]):
+class Texts(Sliced[Pair]):
     """Texts that stay in a file of JSON lines; 8 bytes of each are in memory.
 
     Attributes:
@@ -289,13 +290,7 @@ class Texts(Sequence[Pair]):
         some._begins, some.groups = array("q", (self._begins[i] for i in kept)), None
         return some
 
-    @overload
-    def __getitem__(self, i: int) -> Pair: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Pair]: ...
-    def __getitem__(self, i: int | slice) -> Pair | list[Pair]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+    def _at(self, i: int) -> Pair:
         self._file.seek(self._begins[i])
         line = self._decoder.decode(self._file.readline())
         return Pair(line.prompt, line.completion)
@@ -317,7 +312,7 @@ def _groups(groups: Iterable[str | int | None]) -> list[str] | None:
 # As tokens
 
 
-class Corpus(Sequence[Tokens]):
+class Corpus(Sliced[Tokens]):
     """Tokenized texts, in 4 bytes a token.
 
     Args:
@@ -363,14 +358,7 @@ class Corpus(Sequence[Tokens]):
     def __len__(self) -> int:
         return len(self._begins)
 
-    @overload
-    def __getitem__(self, i: int) -> Tokens: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Tokens]: ...
-    def __getitem__(self, i: int | slice) -> Tokens | list[Tokens]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        i = range(len(self))[i]
+    def _at(self, i: int) -> Tokens:
         ids = self._ids[self._ends[i] : self._ends[i + 1]].tolist()
         return Tokens(ids, [j >= self._begins[i] for j in range(len(ids))])
 
