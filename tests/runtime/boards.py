@@ -30,7 +30,7 @@ UsePAM no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 PrintMotd no
-SetEnv {environment}
+ForceCommand {folder}/shell
 """
 
 _CLIENT = """\
@@ -78,8 +78,10 @@ class Board:
             self.port = free.getsockname()[1]
         there = {"XDG_CACHE_HOME": self.cache, "TMPDIR": self.tmp, "PATH": f"{self.bin}:/usr/bin:/bin"} | environment
         settings = " ".join(f"{name}={value}" for name, value in there.items())
+        # After the start-up files of this user's shell, which may change PATH.
+        _program(self.folder / "shell", f'export {settings}; exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"')
         config = self.folder / "sshd_config"
-        config.write_text(_SERVER.format(port=self.port, folder=self.folder, environment=settings))
+        config.write_text(_SERVER.format(port=self.port, folder=self.folder))
         self.trust(self.folder / "host_key.pub")
         self._process = subprocess.Popen([self._sshd, "-D", "-f", config, "-E", self.folder / "sshd.log"])
         for _ in range(200):

@@ -104,7 +104,7 @@ class Board:
     def ask_have(self, files: dict[str, int], unpacked: int) -> None:
         """Say which files are missing. There is room for them, and for so many bytes that they are unpacked to."""
         missing = [sha256 for sha256 in files if not self._has(sha256)]
-        needed = sum(files[sha256] for sha256 in missing) + unpacked
+        needed = sum(in_blocks(files[sha256]) for sha256 in missing) + unpacked
         if shutil.disk_usage(self._cache).free < needed:
             for old in self._cache.iterdir():
                 if old.is_file() and old.name not in files:
@@ -188,6 +188,11 @@ class Board:
                 return True
         path.unlink()
         return False
+
+
+def in_blocks(size: int) -> int:
+    """What a file of so many bytes takes on a disk."""
+    return -(-size // 4096) * 4096
 
 
 def answer(value: dict[str, Any]) -> None:

@@ -154,7 +154,7 @@ class _Connection:
     def send(self, wheels: Sequence[Item], files: Sequence[Item], on_step: OnStep) -> str:
         """Put there what is missing, and install it; the folder that it is in."""
         items = {item.sha256: item for item in (*wheels, *files)}
-        unpacked = sum(info.file_size for wheel in wheels for info in zipfile.ZipFile(wheel.source).infolist())
+        unpacked = sum(_unpacked_size(wheel.source) for wheel in wheels)
         on_step("what is on the board already")
         found = self._ask("have", files={sha256: item.size for sha256, item in items.items()}, unpacked=unpacked)
         missing = [items[sha256] for sha256 in found["missing"]]
@@ -281,6 +281,12 @@ class _Connection:
         elif code != 255:
             what, do = f"Python does not start on the board: {last}", "try `python3 --version` there"
         return DeviceError(what, where=self._name, do=do)
+
+
+def _unpacked_size(wheel: Path) -> int:
+    """What its files take on a disk."""
+    with zipfile.ZipFile(wheel) as archive:
+        return sum(board.in_blocks(info.file_size) for info in archive.infolist())
 
 
 def _line(ask: str, **fields: object) -> bytes:
