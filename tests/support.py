@@ -114,6 +114,18 @@ class Needs:
             Path("/run/sshd").mkdir(exist_ok=True)  # where there is no init, nobody else makes it
         return Path(found)
 
+    def adbd(self) -> Path:
+        """Android's adbd, and the right to start it in a network namespace."""
+        found = Path("/usr/lib/android-sdk/platform-tools/adbd")
+        if not found.exists() or shutil.which("adb") is None or shutil.which("ip") is None:
+            absent(
+                "adbd",
+                "install the Debian packages adbd, adb and iproute2; for Debian 12 adbd is in bookworm-backports",
+            )
+        if subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, check=False).returncode:
+            absent("a network namespace", "run as root, where namespaces are allowed")
+        return found
+
     def native(self) -> ModuleType:
         """The runner of ExecuTorch programs, `crayon_native`."""
         try:
