@@ -41,17 +41,16 @@ class Phone:
         ):
             subprocess.run(command, check=True)
 
-    def start(self, *, size: str = "64m", properties: dict[str, object] | None = None) -> None:
-        """Turn it on.
-
-        Args:
-            size: of its storage.
-            properties: what `getprop` says; None: there is no such program.
-        """
-        if properties is not None:
-            cases = "".join(f"{name}) echo '{value}';;\n" for name, value in properties.items())
+    def properties(self, values: dict[str, object] | None) -> None:
+        """What `getprop` says; None: there is no such program."""
+        (self.bin / "getprop").unlink(missing_ok=True)
+        if values is not None:
+            cases = "".join(f"{name}) echo '{value}';;\n" for name, value in values.items())
             (self.bin / "getprop").write_text(f"#!/bin/sh\ncase $1 in\n{cases}esac\n")
             (self.bin / "getprop").chmod(0o755)
+
+    def start(self, *, size: str = "64m") -> None:
+        """Turn it on, with a storage of this size."""
         mount = f"mount -t tmpfs -o size={size} tmpfs /data && mkdir -p /data/local/tmp && exec {self._adbd}"
         path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
         self._process = subprocess.Popen(
@@ -60,9 +59,9 @@ class Phone:
             stderr=subprocess.DEVNULL,
         )
         for _ in range(100):
-            if "connected to" in subprocess.run(["adb", "connect", self.serial], capture_output=True, text=True).stdout:
-                if self.shell("echo on") == "on":
-                    return
+            subprocess.run(["adb", "connect", self.serial], capture_output=True, check=False)
+            if self.shell("echo on") == "on":
+                return
             time.sleep(0.1)
         raise AssertionError("adbd does not answer")
 
@@ -76,6 +75,10 @@ class Phone:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            subprocess.run(["adb", "disconnect", self.serial], capture_output=True, check=False)
+
+    def unplug_in(self, seconds: float) -> None:
+        threading.Timer(seconds, self.unplug).start()
 
     def stop(self) -> None:
         subprocess.run(["adb", "kill-server"], capture_output=True, check=False)

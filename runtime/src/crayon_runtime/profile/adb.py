@@ -12,7 +12,7 @@ import re
 import shlex
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter_ns
@@ -45,7 +45,7 @@ _ABIS = {"arm64-v8a": "aarch64", "x86_64": "x86_64"}
 # The lock is the shell's, and ends with it. What the connection's end leaves running is ended, whatever ended the connection.
 _HOLD = f"""
 mkdir -p {ROOT} && cd {ROOT} || exit; exec 9>lock; flock -n 9 || {{ echo taken; exit; }}
-trap '' HUP; rm -rf run; mkdir run; echo held; cat >/dev/null 2>&1; kill $(cat run/pid) 2>/dev/null; rm -rf run
+trap '' HUP; rm -rf run; mkdir run; echo held; read end; kill $(cat run/pid) 2>/dev/null; rm -rf run
 """
 
 _FACTS = """
@@ -316,7 +316,9 @@ def _device(serial: str | None) -> adbutils.AdbDevice:
 @contextmanager
 def _locked(device: adbutils.AdbDevice, name: str) -> Iterator[None]:
     """Hold the device's lock, and a folder for what runs."""
-    with device.shell(_HOLD, stream=True, timeout=None) as held:
+    import adbutils
+
+    with device.shell(_HOLD.strip(), stream=True, timeout=None) as held:
         said = b""
         while b"\n" not in said:
             more = held.recv(4096)
@@ -335,7 +337,14 @@ def _locked(device: adbutils.AdbDevice, name: str) -> Iterator[None]:
                 where=f"{name}: {ROOT}",
                 do="look whether /data/local/tmp is there, and whether there is space left",
             )
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError, adbutils.AdbError):  # the device may be gone
+                held.conn.settimeout(10)
+                held.send(b"\n")
+                while held.recv(4096):
+                    pass
 
 
 def _send(device: adbutils.AdbDevice, groups: Sequence[_Group], on_step: OnStep) -> None:
@@ -389,7 +398,7 @@ def _no_space(device: adbutils.AdbDevice, detail: str = "") -> DeviceError:
 
 def _say(device: adbutils.AdbDevice, command: str) -> str:
     """What a command says on the device, errors too. adbutils raises if that does not come to its end."""
-    return str(device.shell2(command, timeout=None).output)
+    return str(device.shell2(command.strip(), timeout=None).output)
 
 
 @contextmanager
@@ -402,9 +411,9 @@ def _lost(name: str) -> Iterator[None]:
         torn = ConnectionError, EOFError, AssertionError, struct.error  # adbutils asserts what it unpacks
         if module != "adbutils" and not isinstance(e, torn):
             raise
-        said = next((line for line in str(e).splitlines() if line), type(e).__name__)
+        said = str(e.args[0]).partition("\n")[0] if e.args else type(e).__name__
         raise DeviceError(
-            f"the device was lost, or adb cannot reach it: {said[:200]}",
+            f"the device was lost, or adb cannot reach it: {said}",
             where=name,
             do="look at `adb devices`; nothing of this profile was kept, and files that it has got are not sent again",
         ) from None

@@ -30,13 +30,9 @@ KEPT = 0.05
 """Of the model's files, the share that may stay in the page cache after it was dropped."""
 
 LACKS = (
-    ("TTFT", "the engine"),
-    ("adapter swap", "the engine"),
-    ("affinity of ten examples", "the engine"),
-    ("routing overhead", "the engine"),
-    ("control_read and control_matmul, and with them the share of the bandwidth", "a control"),
-)
-"""What it does not measure, and what it has none of."""
+    "TTFT", "adapter swap", "affinity of ten examples", "routing overhead", "the controls, and with them the share of the bandwidth",
+)  # fmt: skip
+"""What it does not measure: all that is more than a backend."""
 
 
 class Row(Struct, frozen=True):
@@ -98,7 +94,9 @@ def files(machine: str, given: Path | None) -> Iterator[Files]:
             )
         there = [program]
         if root.is_dir():
-            there = sorted(p for p in program.parent.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc"))
+            there = sorted(
+                p for p in program.parent.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc", ".typed")
+            )
         names = [NAME if path == program else str(path.relative_to(program.parent)) for path in there]
         loader = next((name for name in names if name.startswith(f"{SYSTEM}/ld-")), None)
         yield Files([Item.of(name, path) for name, path in zip(names, there, strict=True)], loader)
@@ -131,10 +129,7 @@ def observations(measured: list[Row], adapter: str | None) -> Iterator[Observati
                 samples_ns=row.samples_ns,
                 token_ns=row.token_ns,
             )
-    yield from (
-        Absent(what=what, reason=f"{NAME} measures the backend alone, and has no {part.split()[-1]}")
-        for what, part in LACKS
-    )
+    yield from (Absent(what=what, reason=f"{NAME} measures the backend alone") for what in LACKS)
 
 
 def cold(row: Row) -> Observation | Absent:
