@@ -12,6 +12,7 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -256,19 +257,37 @@ def test_what_the_bundle_lacks_is_said_first(bundle: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", ["folder", "archive", "wheel"])
 def test_where_crayon_bench_comes_from(phone: Phone, bundle: Path, tmp_path: Path, kind: str) -> None:
     installed = Path(str(needs.native().__file__)).parent
-    given = shutil.copytree(installed, tmp_path / "crayon_native", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    if kind == "archive":
+    given = tmp_path / "crayon_native"
+    shutil.copytree(installed, given, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    if kind == "archive":  # as `make wheels` makes it, with a C library of its own
+        build = needs.native_wheel().parent.parent
+        install = [shutil.which("cmake", path=Path(sys.executable).parent) or "cmake", "--install", build]
+        subprocess.run([*install, "--component", "system", "--prefix", given], check=True, stdout=subprocess.DEVNULL)
         with tarfile.open(tmp_path / "bench.tar.gz", "w:gz", compresslevel=1) as archive:
             archive.add(given, "crayon-bench-x86_64")
         given = tmp_path / "bench.tar.gz"
     elif kind == "wheel":
-        with zipfile.ZipFile(tmp_path / "native.whl", "w") as archive_:
+        with zipfile.ZipFile(tmp_path / "native.whl", "w") as wheel:
             for path in given.iterdir():
-                archive_.write(path, f"crayon_native/{path.name}")
+                wheel.write(path, f"crayon_native/{path.name}")
         given = tmp_path / "native.whl"
     target = Adb(phone.serial, bench=given)
     with target.hold(asked(bundle), lambda _: None) as held:
-        assert len(list(results(target, job(held, SHORT)))) > 4
+        running = results(target, job(held, LONG))
+        next(running)
+        with ThreadPoolExecutor(1) as pool:
+            ended = pool.submit(list, running)
+            mapped = ""
+            while not all(name in mapped for name in ("libcrayon_native.so", "libc.so", "libstdc++.so")):
+                mapped = phone.shell(f"cat /proc/$(cat {ROOT}/run/pid)/maps")
+            phone.shell(f"kill $(cat {ROOT}/run/pid)")
+            with pytest.raises(BackendError, match="crayon-bench ended with code 143"):
+                ended.result()
+    libraries = {Path(line.split()[-1]) for line in mapped.splitlines() if ".so" in line}
+    assert {path.name for path in libraries} >= {"libcrayon_native.so", "libc.so.6"}
+    own = {path.name for path in libraries if ROOT in str(path) and path.parent.name == "system"}
+    assert bool(own) == (kind == "archive")
+    assert not own or own >= {"libc.so.6", "libstdc++.so.6", "ld-linux-x86-64.so.2"}
 
 
 @pytest.mark.parametrize(

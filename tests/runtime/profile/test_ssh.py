@@ -330,6 +330,23 @@ def test_what_the_bundle_lacks_is_said_before_anything_is_sent(there: Board, bun
         hold(there, bundle, adapter="carol")
 
 
+def test_a_board_without_a_runner_of_executorch_is_measured_by_onnx_alone(
+    there: Board, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_native(*_: object, native: bool, **__: object) -> list[Path]:
+        if native:
+            raise DeviceError("there is no wheel of crayon-edge-native for the board")
+        return [tmp_path / "stub.whl"]
+
+    monkeypatch.setattr("crayon_runtime.profile.wheels.wheelhouse", without_native)
+    for module in ("ssh", "push"):
+        monkeypatch.setattr(f"crayon_runtime.profile.{module}.served", lambda _: ["onnx", "executorch"])
+    assert any("only by onnxruntime: there is no wheel of crayon-edge-native" in step for step in hold(there, bundle))
+    with pytest.raises(DeviceError, match="there is no wheel of crayon-edge-native"):
+        hold(there, bundle, backend="executorch")
+    assert_nothing_is_left(there)
+
+
 def test_there_is_no_ssh(there: Board, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(there.folder / "nothing"))
     with pytest.raises(DeviceError, match="there is no `ssh` here"):

@@ -85,11 +85,14 @@ class Ssh:
             files = items_of(bundle, place) + (items_of(adapter, "adapter") if adapter else [])
             folder = connection.send(install, files, on_step)
             self._connection = connection
-            yield Asked(
-                bundle=f"{folder}/{place}",
-                backend=asked.backend,
-                adapter=f"{folder}/adapter" if adapter else asked.adapter,
-            )
+            try:
+                yield Asked(
+                    bundle=f"{folder}/{place}",
+                    backend=asked.backend,
+                    adapter=f"{folder}/adapter" if adapter else asked.adapter,
+                )
+            finally:
+                self._connection = None
 
     def run(self, job: Job) -> Iterator[bytes]:
         assert self._connection is not None, "the board is not held"
