@@ -23,8 +23,9 @@ from crayon_runtime.bundle import Bundle
 from crayon_runtime.cli.profile import profile as command
 from crayon_runtime.errors import AdapterError, BackendError, DeviceError
 from crayon_runtime.profile import Profile
-from crayon_runtime.profile.adb import ROOT, Adb
+from crayon_runtime.profile.adb import Adb
 from crayon_runtime.profile.jobs import Job, Load, Measure
+from crayon_runtime.profile.phone import ROOT
 from crayon_runtime.profile.records import Absent, Observation
 from crayon_runtime.profile.target import Asked, results
 from tests.programs import exported
