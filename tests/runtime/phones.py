@@ -81,8 +81,8 @@ class Phone:
         threading.Timer(seconds, self.unplug).start()
 
     def stop(self) -> None:
-        subprocess.run(["adb", "kill-server"], capture_output=True, check=False)
         self.unplug()
+        subprocess.run(["adb", "kill-server"], capture_output=True, check=False)
         for process in subprocess.run(
             ["ip", "netns", "pids", self._name], capture_output=True, text=True, check=False
         ).stdout.split():
