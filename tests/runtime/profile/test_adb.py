@@ -23,6 +23,7 @@ from crayon_runtime.bundle import Bundle
 from crayon_runtime.cli.profile import profile as command
 from crayon_runtime.errors import AdapterError, BackendError, DeviceError
 from crayon_runtime.profile import Profile
+from crayon_runtime.profile import phone as phone_module
 from crayon_runtime.profile.adb import Adb
 from crayon_runtime.profile.jobs import Job, Load, Measure
 from crayon_runtime.profile.phone import ROOT
@@ -176,6 +177,21 @@ def test_a_device_without_space(network: Phone, bundle: Path) -> None:
         ):
             hold(Adb(network.serial), bundle)
         assert network.shell(f"ls {ROOT}") == "lock"  # what no profile needs made room
+    finally:
+        network.unplug()
+        network.start()
+
+
+def test_storage_that_fills_while_files_arrive(network: Phone, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, really = iter([10**9]), phone_module._free
+    monkeypatch.setattr(phone_module, "_free", lambda device: next(before, None) or really(device))
+    network.unplug()
+    network.start(size="12m")
+    try:
+        with pytest.raises(DeviceError, match="there is no space left on the device\n") as raised:
+            hold(Adb(network.serial), bundle)
+        assert str(raised.value.where).endswith(ROOT)
+        assert_nothing_runs(network)
     finally:
         network.unplug()
         network.start()
