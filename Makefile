@@ -87,7 +87,8 @@ wheels: $(NATIVE) $(ARM_READY)
 	@for build in build/native $(ARM); do \
 		$(REPAIR) --wheel-dir dist $$build/wheel/*.whl && \
 		archive=crayon-bench-$$(basename $$build/wheel/*.whl .whl | sed 's/.*-linux_//') && \
-		$(BIN)/cmake --install $$build --prefix build/$$archive --strip >/dev/null && cp LICENSE build/$$archive && \
+		$(BIN)/cmake --install $$build --prefix build/$$archive --strip >/dev/null && \
+		$(BIN)/cmake --install $$build --component system --prefix build/$$archive >/dev/null && cp LICENSE build/$$archive && \
 		tar -czf dist/$$archive.tar.gz -C build $$archive || exit 1; done
 	@ls -l dist
 

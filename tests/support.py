@@ -105,6 +105,27 @@ class Needs:
             absent("Maven with a JDK of version 17", "install the Debian packages maven and openjdk-17-jdk-headless")
         return Path(found)
 
+    def sshd(self) -> Path:
+        """OpenSSH's server, which can be started by this user."""
+        found = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")
+        if found is None or shutil.which("ssh") is None:
+            absent("OpenSSH's server and client", "install the Debian packages openssh-server and openssh-client")
+        if os.getuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)  # where there is no init, nobody else makes it
+        return Path(found)
+
+    def adbd(self) -> Path:
+        """Android's adbd, and the right to start it in a network namespace."""
+        found = Path("/usr/lib/android-sdk/platform-tools/adbd")
+        if not found.exists() or shutil.which("adb") is None or shutil.which("ip") is None:
+            absent(
+                "adbd",
+                "install the Debian packages adbd, adb and iproute2; for Debian 12 adbd is in bookworm-backports",
+            )
+        if subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True, check=False).returncode:
+            absent("a network namespace", "run as root, where namespaces are allowed")
+        return found
+
     def native(self) -> ModuleType:
         """The runner of ExecuTorch programs, `crayon_native`."""
         try:

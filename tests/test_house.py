@@ -96,11 +96,11 @@ DEVICE_SERVER = "runtime/src/crayon_runtime/server"
 @pytest.mark.parametrize(
     "folder, extras",
     [
-        ("runtime", ["grammar"]),
+        ("runtime", ["device", "grammar"]),
         (DEVICE_SERVER, ["serve"]),
         ("export", ["export", "pte", "pth"]),
         ("server_tools", ["eval", "export", "serve", "server"]),
-        ("tests", ["eval", "export", "grammar", "pte", "pth", "serve", "server", "dev"]),
+        ("tests", ["device", "eval", "export", "grammar", "pte", "pth", "serve", "server", "dev"]),
         ("benchmarks", ["eval", "export", "grammar", "pth", "serve", "server", "dev", "bench"]),
     ],
 )

@@ -13,6 +13,7 @@ from crayon_runtime.engine import Engine
 from crayon_runtime.profile import Profile
 from crayon_runtime.profile.jobs import Job
 from crayon_runtime.profile.records import Header, Observation, Plan, TestName, merge
+from crayon_runtime.profile.target import Local
 from crayon_runtime.profile.worker import work
 from tests.runtime import tiny
 
@@ -35,12 +36,13 @@ def fake_engine(path: Path, job: Job) -> Engine:
     return engine
 
 
-class InProcess:
+class InProcess(Local):
     """A target that is this process, with the fake backend."""
 
     name = "here"
 
     def __init__(self, load: Callable[[Path, Job], Engine] = fake_engine) -> None:
+        super().__init__()
         self.jobs: list[Job] = []
         self._load = load
 

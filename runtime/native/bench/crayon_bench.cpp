@@ -1,7 +1,10 @@
 // How fast a program runs on this device, as JSON with llama-bench's field names; needs nothing but the library.
 //
 // Every measurement is repeated, and all of them take turns, so that a machine that slows down does so for all of them.
+#include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <charconv>
@@ -33,10 +36,11 @@ crayon-bench [OPTIONS] --program FILE.pte --data FILE.ptd
   --data FILE         its weights; repeatable
   --adapter FOLDER    measure with this adapter too: a folder with adapter.pte and adapter.ptd
   --threads N         default: as many as there are fast cores
-  --prompt N          tokens of a prefill, from position 0 (default 128; 0: none)
+  --prompt N,N,...    tokens of a prefill, from position 0 (default 128; 0: none)
   --decode N          tokens of a decode (default 64; 0: none)
   --position N,N,...  where decodes begin (default 16,2000)
   --repeat N          (default 5)
+  --cold              have the system forget the files before they are loaded
 )";
 
 struct UsageError : std::runtime_error {
@@ -48,10 +52,11 @@ struct Options {
   std::vector<fs::path> data;
   fs::path adapter;
   int32_t threads = 0;
-  int64_t prompt = 128;
+  std::vector<int64_t> prompts = {128};
   int64_t decode = 64;
   std::vector<int64_t> positions = {16, 2000};
   int64_t repeat = 5;
+  bool cold = false;
 };
 
 int64_t number(std::string_view text, int64_t least) {
@@ -83,6 +88,10 @@ Options parse(const std::vector<std::string_view>& arguments) {
       if (fs::exists(bundle / "model.ptd")) options.data.push_back(bundle / "model.ptd");
       continue;
     }
+    if (name == "--cold") {
+      options.cold = true;
+      continue;
+    }
     if (i + 1 == arguments.size()) throw UsageError("nothing follows " + std::string(name));
     const std::string_view value = arguments[++i];
     if (name == "--program") {
@@ -94,7 +103,7 @@ Options parse(const std::vector<std::string_view>& arguments) {
     } else if (name == "--threads") {
       options.threads = static_cast<int32_t>(number(value, 1));
     } else if (name == "--prompt") {
-      options.prompt = number(value, 0);
+      options.prompts = numbers(value);
     } else if (name == "--decode") {
       options.decode = number(value, 0);
     } else if (name == "--position") {
@@ -156,8 +165,9 @@ class Model {
     check(crayon_native_new_cache(program.get(), &cache, &error), error);
     cache_.reset(cache);
     use(program, method);
-    step(1, 0);
   }
+
+  void first_token() { step(1, 0); }
 
   void use(const Program& program, const char* method) {
     crayon_native_error error{};
@@ -172,8 +182,15 @@ class Model {
     }
   }
 
-  void decode(int64_t tokens, int64_t position) {
-    for (int64_t i = 0; i < tokens; ++i) step(1, position + i);
+  // The time of each token is added to `times`, in nanoseconds.
+  void decode(int64_t tokens, int64_t position, std::vector<double>& times) {
+    int64_t before = now();
+    for (int64_t i = 0; i < tokens; ++i) {
+      step(1, position + i);
+      const int64_t after = now();
+      times.push_back(static_cast<double>(after - before));
+      before = after;
+    }
   }
 
   // Computes what lies before `position`: untouched memory of a cache reads as zeros faster than memory in use.
@@ -206,7 +223,10 @@ struct Measurement {
   int64_t decode = 0;
   int64_t position = 0;
   bool adapted = false;
-  std::vector<double> samples = {};  // nanoseconds
+  // Nanoseconds: of all, of each token of each decode, of those before anything counts.
+  std::vector<double> samples = {};
+  std::vector<std::vector<double>> tokens = {};
+  std::vector<double> warmup = {};
 };
 
 std::vector<Measurement> plan(const Options& options, int64_t context) {
@@ -224,7 +244,7 @@ std::vector<Measurement> plan(const Options& options, int64_t context) {
     measurement.adapted = true;
     all.push_back(measurement);
   };
-  add({.prompt = options.prompt});
+  for (const int64_t prompt : options.prompts) add({.prompt = prompt});
   for (const int64_t position : options.positions) add({.decode = options.decode, .position = position});
   return all;
 }
@@ -249,14 +269,61 @@ std::string json_string(std::string_view text) {
   return json + '"';
 }
 
-std::string list(const std::vector<double>& values, const char* format) {
+std::string list(const std::vector<std::string>& values) {
   std::string json = "[";
+  for (const std::string& value : values) json += (json.size() > 1 ? ", " : "") + value;
+  return json + "]";
+}
+
+std::string list(const std::vector<double>& values, const char* format) {
+  std::vector<std::string> texts;
   for (const double value : values) {
     char text[40];
     std::snprintf(text, sizeof(text), format, value);
-    json += (json.size() > 1 ? ", " : "") + std::string(text);
+    texts.emplace_back(text);
   }
-  return json + "]";
+  return list(texts);
+}
+
+std::string list(const std::vector<std::vector<double>>& rows, const char* format) {
+  std::vector<std::string> texts;
+  for (const std::vector<double>& row : rows) texts.push_back(list(row, format));
+  return list(texts);
+}
+
+// A field of /proc/self/smaps_rollup in bytes, as JSON; null where the kernel does not say.
+std::string memory(std::string_view field) {
+  std::ifstream rollup("/proc/self/smaps_rollup");
+  for (std::string name; rollup >> name;) {
+    if (name == field) {
+      long long kilobytes = 0;
+      rollup >> kilobytes;
+      return std::to_string(kilobytes * 1024);
+    }
+  }
+  return "null";
+}
+
+// Have the system forget what it has of files; how many bytes it keeps all the same, as of a file system in memory.
+int64_t drop_page_cache(const std::vector<fs::path>& files) {
+  int64_t kept = 0;
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  for (const fs::path& path : files) {
+    const size_t size = fs::file_size(path);
+    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (file < 0 || size == 0) throw std::runtime_error("cannot be read: " + path.string());
+    fsync(file);  // pages that are still to be written are not dropped
+    posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
+    void* mapped = mmap(nullptr, size, PROT_READ, MAP_SHARED, file, 0);
+    close(file);
+    std::vector<unsigned char> resident((static_cast<int64_t>(size) + page - 1) / page);
+    if (mapped == MAP_FAILED || mincore(mapped, size, resident.data()) != 0) {
+      throw std::runtime_error("the page cache does not say what it has of " + path.string());
+    }
+    munmap(mapped, size);
+    kept += page * std::count_if(resident.begin(), resident.end(), [](unsigned char flags) { return flags & 1; });
+  }
+  return kept;
 }
 
 // The processor's name; of a board, whose kernel does not name it, the board's.
@@ -274,6 +341,8 @@ std::string processor() {
 struct Loaded {
   int64_t model_ns;
   int64_t adapter_ns;
+  int64_t first_token_ns;
+  std::string cached_bytes = "null";  // before it was loaded, where that was asked for
 };
 
 void print(const Options& options, const Loaded& loaded, const std::vector<Measurement>& measurements) {
@@ -284,6 +353,7 @@ void print(const Options& options, const Loaded& loaded, const std::vector<Measu
   std::strftime(when, sizeof(when), "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&time));
   rusage used{};
   getrusage(RUSAGE_SELF, &used);
+  const std::string rss = memory("Rss:"), pss = memory("Pss:");
   const char* separator = "[\n";
   for (const Measurement& m : measurements) {
     const double tokens = static_cast<double>(m.prompt + m.decode);
@@ -292,16 +362,18 @@ void print(const Options& options, const Loaded& loaded, const std::vector<Measu
     std::printf(
         "%s  {\"cpu_info\": %s, \"backends\": \"crayon_native\", \"instruction_set\": %s, \"model_filename\": %s, "
         "\"model_size\": %llu, \"adapter\": %s, \"n_threads\": %d, \"n_prompt\": %lld, \"n_gen\": %lld, "
-        "\"n_depth\": %lld, \"test_time\": \"%s\", \"load_ns\": %lld, \"max_rss_kb\": %ld, "
+        "\"n_depth\": %lld, \"test_time\": \"%s\", \"load_ns\": %lld, \"cached_bytes\": %s, "
+        "\"first_token_ns\": %lld, \"rss_bytes\": %s, \"pss_bytes\": %s, \"max_rss_kb\": %ld, "
         "\"avg_ns\": %.0f, \"stddev_ns\": %.0f, \"avg_ts\": %.3f, \"stddev_ts\": %.3f, "
-        "\"samples_ns\": %s, \"samples_ts\": %s}",
+        "\"warmup_ns\": %s, \"samples_ns\": %s, \"samples_ts\": %s, \"token_ns\": %s}",
         separator, json_string(processor()).c_str(), json_string(crayon_native_instruction_set()).c_str(),
         json_string(options.program.string()).c_str(), static_cast<unsigned long long>(size),
         m.adapted ? json_string(options.adapter.string()).c_str() : "null", crayon_native_threads(),
         static_cast<long long>(m.prompt), static_cast<long long>(m.decode), static_cast<long long>(m.position), when,
-        static_cast<long long>(m.adapted ? loaded.adapter_ns : loaded.model_ns), used.ru_maxrss, mean(m.samples),
-        deviation(m.samples), mean(speeds), deviation(speeds), list(m.samples, "%.0f").c_str(),
-        list(speeds, "%.3f").c_str());
+        static_cast<long long>(m.adapted ? loaded.adapter_ns : loaded.model_ns), loaded.cached_bytes.c_str(),
+        static_cast<long long>(loaded.first_token_ns), rss.c_str(), pss.c_str(), used.ru_maxrss, mean(m.samples),
+        deviation(m.samples), mean(speeds), deviation(speeds), list(m.warmup, "%.0f").c_str(),
+        list(m.samples, "%.0f").c_str(), list(speeds, "%.3f").c_str(), list(m.tokens, "%.0f").c_str());
     separator = ",\n";
   }
   std::printf("%s]\n", measurements.empty() ? "[" : "\n");
@@ -311,10 +383,18 @@ void run(const Options& options) {
   crayon_native_error error{};
   check(crayon_native_start(options.threads, &error), error);
   Loaded loaded{};
+  if (options.cold) {
+    std::vector<fs::path> files = options.data;
+    files.push_back(options.program);
+    loaded.cached_bytes = std::to_string(drop_page_cache(files));
+  }
   int64_t began = now();
   const Program base = open(options.program, options.data);
   Model model(base, "forward");
   loaded.model_ns = now() - began;
+  began = now();
+  model.first_token();
+  loaded.first_token_ns = now() - began;
 
   Program adapter;
   if (!options.adapter.empty()) {
@@ -323,7 +403,7 @@ void run(const Options& options) {
     began = now();
     adapter = open(options.adapter / "adapter.pte", data);
     model.use(adapter, "lora_forward");
-    model.decode(1, 0);
+    model.first_token();
     loaded.adapter_ns = now() - began;
   }
 
@@ -332,10 +412,13 @@ void run(const Options& options) {
   for (int64_t round = -1; round < options.repeat; ++round) {  // the first one warms up
     for (Measurement& m : measurements) {
       m.adapted ? model.use(adapter, "lora_forward") : model.use(base, "forward");
+      std::vector<double> times;
+      times.reserve(m.decode);
       began = now();
       model.prefill(m.prompt, m.position);
-      model.decode(m.decode, m.position);
-      if (round >= 0) m.samples.push_back(static_cast<double>(now() - began));
+      model.decode(m.decode, m.position, times);
+      (round < 0 ? m.warmup : m.samples).push_back(static_cast<double>(now() - began));
+      if (round >= 0 && m.decode > 0) m.tokens.push_back(times);
     }
   }
   print(options, loaded, measurements);

@@ -96,7 +96,7 @@ class Engine:
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         info = bundle.model.tokenizer
         tokenizer = Tokenizer(info, bundle.file(info.file))
-        wanted = _adapter_bundle(bundle, adapter) if isinstance(adapter, str | os.PathLike) else adapter
+        wanted = adapter_bundle(bundle, adapter) if isinstance(adapter, str | os.PathLike) else adapter
         engine = cls(backends.load(bundle, backend, threads=threads, adapter=wanted), tokenizer, bundle)
         try:
             engine.set_adapter(wanted)
@@ -246,7 +246,7 @@ class Engine:
         """
         self._check_open()
         if isinstance(adapter, str | os.PathLike):
-            adapter = _adapter_bundle(self.bundle, adapter)
+            adapter = adapter_bundle(self.bundle, adapter)
         return self._read_adapter(adapter) if isinstance(adapter, Bundle) else adapter
 
     def read_adapter(self, bundle: Bundle) -> Adapter:
@@ -338,7 +338,7 @@ class Engine:
             raise EngineClosed("the engine is closed", do="load it again, or close it later")
 
 
-def _adapter_bundle(model: Bundle | None, name: str | os.PathLike[str]) -> Bundle:
+def adapter_bundle(model: Bundle | None, name: str | os.PathLike[str]) -> Bundle:
     """An adapter inside a model, or at a path."""
     names = model.adapter_names if model else []
     if model and name in names:

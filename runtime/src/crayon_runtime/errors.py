@@ -14,6 +14,7 @@
     │   └── ContextOverflow    more tokens than the context holds
     ├── TemplateError          a template of programs is damaged, foreign, or of another version
     ├── BackendError           the inference backend failed or is not installed
+    ├── DeviceError            a device to measure on cannot be reached, or lacks something
     ├── ServerError            a service cannot be reached, refuses, or does not answer as it should
     │   └── PoolChanged        it serves another pool now than the one that alpha was computed with
     ├── EngineClosed           used after `close()`
@@ -106,6 +107,10 @@ class TemplateError(CrayonError):
 
 class BackendError(CrayonError):
     """The inference backend failed, or is not installed."""
+
+
+class DeviceError(CrayonError):
+    """A device to measure on cannot be reached, was lost, or lacks something."""
 
 
 class ServerError(CrayonError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from crayon_runtime.profile.document import Profile
 from tests.runtime import tiny
 from tests.runtime.profiles import InProcess, drawn
 
+RANDOM = np.random.default_rng(0)
 SIZES = ["--prompt", "4,9", "--depth", "0,8", "--generate", "4", "--repetitions", "3"]
 
 
@@ -78,7 +80,21 @@ def test_a_regression_exits_with_1(tmp_path: Path) -> None:
         (["compare", "a", "b", "--max-regression", "much"], "not a percentage"),
         (["compare", "a", "b", "--tolerance", "-3%"], "not from 0% on"),
         (["bundle", "--out", "o", "--prompt", "a,b"], "not a list of whole numbers"),
-        (["bundle", "--out", "o", "--target", "moon"], "is not 'local'"),
+        (
+            ["bundle", "--out", "o", "--target", "moon"],
+            "'moon' is no device: it is local, ssh://[user@]host[:port], or adb:",
+        ),
+        (["bundle", "--out", "o", "--target", "ssh://"], "is no device"),
+        (["bundle", "--out", "o", "--target", "ssh://-oProxyCommand=x"], "is no device"),
+        (["bundle", "--out", "o", "--target", "ssh://-l@host"], "is no device"),
+        (["bundle", "--out", "o", "--target", "ssh://host:port"], "is no device"),
+        (["bundle", "--out", "o", "--target", "ssh://host/folder"], "is no device"),
+        (["bundle", "--out", "o", "--target", "adb: x"], "is no device"),
+        (["bundle", "--out", "o", "--wheels", "w"], "--wheels goes with ssh://, not with local"),
+        (
+            ["bundle", "--out", "o", "--target", "ssh://host", "--bench", "b"],
+            "--bench goes with adb:, not with ssh://host",
+        ),
         (["bundle"], "Missing option '--out'"),
     ],
 )
@@ -86,6 +102,27 @@ def test_wrong_usage(args: list[str], match: str) -> None:
     result = call(*args)
     assert result.exit_code == 2
     assert match in result.stderr
+
+
+@pytest.mark.parametrize(
+    "text, name, command",
+    [
+        ("ssh://board", "ssh://board", ["--", "board"]),
+        ("ssh://pi@10.0.0.2:2222", "ssh://pi@10.0.0.2:2222", ["-p", "2222", "--", "pi@10.0.0.2"]),
+        ("ssh://pi@[fe80::1]:22/", "ssh://pi@fe80::1:22", ["-p", "22", "--", "pi@fe80::1"]),
+        ("adb:emulator-5554", "adb:emulator-5554", None),
+        ("adb:", "adb:", None),
+    ],
+)
+def test_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, name: str, command: list[str] | None
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr("crayon_runtime.profile.profile", lambda *_, target, **__: made.append(target) or drawn(RANDOM))
+    call("bundle", "--out", tmp_path / "out", "--target", text)
+    (target,) = made
+    assert target.name == name
+    assert command is None or target._command()[:-1][-len(command) :] == command
 
 
 def test_there_are_no_such_profiles(tmp_path: Path) -> None:

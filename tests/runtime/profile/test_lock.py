@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from crayon_runtime.errors import BackendError
-from crayon_runtime.profile.lock import NAME, one_at_a_time
+from crayon_runtime.profile.board import LOCK
+from crayon_runtime.profile.lock import one_at_a_time
 
 _HOLD = """
 import sys
@@ -26,7 +27,7 @@ def test_two_profiles_do_not_run_together_and_a_killed_one_holds_nothing(tmp_pat
         assert other.stdout.readline() == "held\n"
         with pytest.raises(BackendError, match="another profile is being made") as refused, one_at_a_time(tmp_path):
             pass
-        assert refused.value.where == str(tmp_path / NAME)
+        assert refused.value.where == str(tmp_path / LOCK)
         other.kill()
         other.wait()
     with one_at_a_time(tmp_path):
@@ -36,7 +37,7 @@ def test_two_profiles_do_not_run_together_and_a_killed_one_holds_nothing(tmp_pat
 
 
 def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / NAME).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / LOCK).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BackendError, match="cannot be opened"), one_at_a_time(tmp_path):
         pass
     assert not (tmp_path / "elsewhere").exists()

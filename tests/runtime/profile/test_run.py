@@ -17,7 +17,7 @@ from crayon_runtime.errors import AdapterError, BackendError, ContextOverflow, I
 from crayon_runtime.profile import Profile, profile
 from crayon_runtime.profile.jobs import Describe, Job, Measure
 from crayon_runtime.profile.records import Core, Header
-from crayon_runtime.profile.target import Target
+from crayon_runtime.profile.target import Local
 from tests.runtime import tiny
 from tests.runtime.profiles import HEADER, InProcess
 
@@ -151,15 +151,12 @@ def test_an_interruption_leaves_nothing_half_written(bundle: Path, tmp_path: Pat
 
 
 def test_a_target_that_says_nothing(bundle: Path, tmp_path: Path) -> None:
-    class Silent:
-        name = "silent"
-
+    class Silent(Local):
         def run(self, job: Job) -> Iterator[bytes]:
             yield from ()
 
-    silent: Target = Silent()
     with pytest.raises(BackendError, match="did not say what it has loaded"):
-        profile(bundle, tmp_path / "out", target=silent, **SMALL)
+        profile(bundle, tmp_path / "out", target=Silent(), **SMALL)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from crayon_runtime.cli.common import PATH, backend_option, json_option, note, p
 
 if TYPE_CHECKING:
     from crayon_runtime.profile import Compared, Difference, Profile
+    from crayon_runtime.profile.target import Target
 
 _MS = 1e6
 
@@ -88,9 +90,33 @@ def profile() -> None:
     default=0.0,
     help="Decode for so long at the end: heat, throttling, energy.",
 )
-@click.option("--target", type=click.Choice(["local"]), default="local", show_default=True, help="The device.")
+@click.option(
+    "--target",
+    metavar="DEVICE",
+    default="local",
+    show_default=True,
+    help="local, ssh://[user@]host[:port], or adb:SERIAL.",
+)
+@click.option(
+    "--wheels", metavar="DIR", type=PATH, help="Over ssh: wheels for the board.  [default: those here, or downloaded]"
+)
+@click.option(
+    "--bench",
+    metavar="FILE",
+    type=PATH,
+    help="Over adb: crayon-bench for the phone.  [default: the one installed here]",
+)
 @json_option
-def measure(bundle: Path, out: Path, force: bool, target: str, as_json: bool, **options: Any) -> None:
+def measure(
+    bundle: Path,
+    out: Path,
+    force: bool,
+    target: str,
+    wheels: Path | None,
+    bench: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Measure a bundle.
 
     Every repetition loads the model anew, in a process of its own. DIR has profile.jsonl, with every sample, profile.csv, and profile.html,
@@ -98,8 +124,8 @@ def measure(bundle: Path, out: Path, force: bool, target: str, as_json: bool, **
     """
     from crayon_runtime.profile import profile as make
 
-    del target  # there is one
-    made = make(bundle, out, replace=force, on_step=note, **options)
+    device = _target(target, wheels, bench)
+    made = make(bundle, out, replace=force, target=device, on_step=note, **options)
     if as_json:
         print_json({"out": out, "header": made.header, "tests": [_short(made, label) for label in _labels(made)]})
         return
@@ -176,6 +202,32 @@ def compare(
             for difference in differences:
                 note(f"regression: {path}: {difference.metric} {difference.change:+.1%}")
         click.get_current_context().exit(1)
+
+
+def _target(text: str, wheels: Path | None, bench: Path | None) -> Target | None:
+    """The device that an option names; None: this machine."""
+    ssh = re.fullmatch(
+        r"ssh://((?:[^@:/\s-][^@:/\s]*@)?(?:[^@:/\s\[-][^@:/\s]*|\[[\da-fA-F:.]+\]))(?::(\d{1,5}))?/?", text
+    )
+    adb = re.fullmatch(r"adb:(\S*)", text)
+    for option, given, kind in (("--wheels", wheels, ssh), ("--bench", bench, adb)):
+        if given is not None and not kind:
+            raise click.UsageError(
+                f"{option} goes with {'ssh://' if option == '--wheels' else 'adb:'}, not with {text}"
+            )
+    if ssh:
+        from crayon_runtime.profile.ssh import Ssh
+
+        return Ssh(ssh[1].replace("[", "").replace("]", ""), int(ssh[2]) if ssh[2] else None, wheels=wheels)
+    if adb:
+        from crayon_runtime.profile.adb import Adb
+
+        return Adb(adb[1] or None, bench=bench)
+    if text != "local":
+        raise click.BadParameter(
+            f"{text!r} is no device: it is local, ssh://[user@]host[:port], or adb:SERIAL", param_hint="--target"
+        )
+    return None
 
 
 def _show(baseline: Path, path: Path, compared: Compared) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crayon_runtime._version import __version__
-from crayon_runtime.profile.records import Header
+from crayon_runtime.profile.records import Core, Header
 
 if TYPE_CHECKING:
     from crayon_runtime.bundle import Bundle
@@ -24,25 +24,51 @@ _WEIGHT_BYTES = {"int4": 0.5, "int8": 1.0, "none": 4.0}
 
 def describe(engine: Engine, bundle: Bundle, sensors: Sensors) -> Header:
     """The machine that this process runs on, and the model in the engine."""
-    model, architecture = bundle.model, bundle.model.architecture
-    return Header(
-        test_time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        crayon_version=__version__,
+    return header_of(
+        bundle,
         versions={"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu_info=processor_name(),
         cores=sensors.cores(),
         memory_bytes=total_memory(),
+        context_length=engine.backend.context_length,
+        backends=engine.backend.name,
+        adapter=engine.adapter,
+    )
+
+
+def header_of(
+    bundle: Bundle,
+    *,
+    versions: dict[str, str | None],
+    system: str,
+    cpu_info: str,
+    cores: list[Core],
+    memory_bytes: int | None,
+    context_length: int,
+    backends: str,
+    adapter: str | None,
+) -> Header:
+    """A model on a machine."""
+    model, architecture = bundle.model, bundle.model.architecture
+    return Header(
+        test_time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        crayon_version=__version__,
+        versions=versions,
+        system=system,
+        cpu_info=cpu_info,
+        cores=cores,
+        memory_bytes=memory_bytes,
         model_filename=bundle.path.name,
         model_name=model.name,
         model_type=f"{architecture.model_type} {model.quantization.weights}",
         model_size=bundle.size,
         base_fingerprint=model.base_fingerprint,
-        context_length=engine.backend.context_length,
+        context_length=context_length,
         type_k=model.kv_dtype,
         type_v=model.kv_dtype,
-        backends=engine.backend.name,
-        adapter=engine.adapter,
+        backends=backends,
+        adapter=adapter,
         adapters=bundle.adapter_names,
         read_bytes=read_bytes(model),
         kv_bytes=kv_bytes(architecture, model.kv_dtype),
@@ -79,13 +105,13 @@ def operations(a: Architecture) -> int:
     return 2 * (a.passes * block_weights(a) + a.vocab_size * a.hidden_size)
 
 
-def processor_name(root: Path = Path("/")) -> str:
-    """The processor's name; of a board, whose kernel does not name it, the board's."""
+def processor_name(root: Path = Path("/"), machine: str = platform.machine()) -> str:
+    """The processor's name; of a board, whose kernel does not name it, the board's; otherwise `machine`."""
     for line in _lines(root / "proc/cpuinfo"):
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     board = _lines(root / "proc/device-tree/model")
-    return board[0].rstrip("\0") if board else platform.machine()
+    return board[0].rstrip("\0") if board else machine
 
 
 def total_memory(root: Path = Path("/")) -> int | None:

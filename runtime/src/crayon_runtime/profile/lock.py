@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from crayon_runtime.errors import BackendError
-
-NAME = "crayon-profile.lock"
+from crayon_runtime.profile.board import LOCK
 
 
 @contextmanager
@@ -24,7 +23,7 @@ def one_at_a_time(folder: Path | None = None) -> Iterator[None]:
     Raises:
         BackendError: somebody else profiles.
     """
-    path = (folder or Path(tempfile.gettempdir())) / NAME
+    path = (folder or Path(tempfile.gettempdir())) / LOCK
     try:
         # Not created where it exists: a system may refuse that for a file of another user in a folder of all.
         held = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | (0 if path.exists() else os.O_CREAT), 0o644)

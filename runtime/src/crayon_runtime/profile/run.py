@@ -1,6 +1,6 @@
 """Profiling a bundle, from top to bottom.
 
-    profile      checks what is asked for, holds the lock, writes the folder when everything is there
+    profile      checks what is asked for, holds the device, writes the folder when everything is there
     _Run         one job after the other: describe, load, measure, trace, the long run
     Target       runs each in a new process
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -24,7 +24,6 @@ from crayon_runtime.errors import BackendError, ContextOverflow, InvalidInput, O
 from crayon_runtime.files import atomic_directory
 from crayon_runtime.profile.document import Profile
 from crayon_runtime.profile.jobs import AnyWork, Describe, Job, Load, Long, Measure, Trace
-from crayon_runtime.profile.lock import one_at_a_time
 from crayon_runtime.profile.operators import by_kind
 from crayon_runtime.profile.records import (
     Absent,
@@ -37,7 +36,7 @@ from crayon_runtime.profile.records import (
     merge,
 )
 from crayon_runtime.profile.sensors import clusters
-from crayon_runtime.profile.target import Local, Result, Target, results
+from crayon_runtime.profile.target import Asked, Local, OnStep, Result, Target, results
 from crayon_runtime.sampling import is_integer
 
 PROMPTS, DEPTHS, GENERATE = (64, 512), (0, 1024), 32
@@ -74,12 +73,12 @@ def profile(
     long_seconds: float = 0.0,
     replace: bool = False,
     target: Target | None = None,
-    on_step: Callable[[str], None] = lambda _: None,
+    on_step: OnStep = lambda _: None,
 ) -> Profile:
     """Measure a bundle, and write the profile to a folder that appears when it is whole.
 
     Args:
-        bundle: its folder or archive, on the target.
+        bundle: its folder or archive, here; a target elsewhere gets it.
         out: the new folder.
         backend: as `Engine.load`; "auto" is decided once.
         adapter: compute everything with it: the name of one inside the bundle, or a path.
@@ -96,6 +95,7 @@ def profile(
     Raises:
         InvalidInput: a number is out of range; ContextOverflow: sizes beyond the model's context.
         BundleError, BackendError, AdapterError: as `Engine.load`; BackendError also if another profile is being made.
+        DeviceError: the target cannot be reached, was lost, or lacks something.
         OutputError: the folder exists, or cannot be written.
     """
     target = target or Local()
@@ -106,8 +106,9 @@ def profile(
             where=out,
             do="choose another path, or replace it with --force (in Python, replace=True)",
         )
-    with one_at_a_time(), atomic_directory(Path(out), replace=replace) as folder:
-        run = _Run(target, str(Path(bundle).absolute()), backend, adapter, on_step)
+    wanted = Asked(str(Path(bundle).absolute()), backend, adapter)
+    with atomic_directory(Path(out), replace=replace) as folder, target.hold(wanted, on_step) as asked:
+        run = _Run(target, asked, on_step)
         header = run.describe()
         plan = Plan(
             prompts=_sizes(prompts, PROMPTS, "prompt", header.context_length, 0, run.lines),
@@ -126,13 +127,9 @@ def profile(
 class _Run:
     """What has been measured so far."""
 
-    def __init__(
-        self, target: Target, bundle: str, backend: str, adapter: str | None, on_step: Callable[[str], None]
-    ) -> None:
+    def __init__(self, target: Target, asked: Asked, on_step: OnStep) -> None:
         self._target = target
-        self._bundle = bundle
-        self._backend = backend
-        self._adapter = adapter
+        self._asked = asked
         self._on_step = on_step
         self.lines: list[Line] = []
 
@@ -147,7 +144,7 @@ class _Run:
                 self.lines.append(result)
         if not found:
             raise BackendError("the process that measures did not say what it has loaded", where=self._target.name)
-        self._backend = found[0].backends
+        self._asked = self._asked._replace(backend=found[0].backends)
         return found[0]
 
     def everything(self, plan: Plan, header: Header) -> None:
@@ -223,9 +220,7 @@ class _Run:
 
     def _results(self, configuration: Configuration, work: AnyWork, process: int = 0) -> Iterator[Result]:
         job = Job(
-            bundle=self._bundle,
-            backend=self._backend,
-            adapter=self._adapter,
+            **self._asked._asdict(),
             threads=configuration.threads,
             cpus=None if configuration.cpus is None else list(configuration.cpus),
             process=process,
