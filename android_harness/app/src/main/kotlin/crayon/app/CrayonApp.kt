@@ -20,7 +20,7 @@ open class CrayonApp : Application() {
     override fun onTrimMemory(level: Int) {
         super.onTrimMemory(level)
         if (level >= ComponentCallbacks2.TRIM_MEMORY_BACKGROUND || level == ComponentCallbacks2.TRIM_MEMORY_RUNNING_CRITICAL) {
-            parts.model.unload()
+            parts.putAway()
         }
     }
 
@@ -28,7 +28,7 @@ open class CrayonApp : Application() {
     override fun onLowMemory() {
         @Suppress("DEPRECATION")
         super.onLowMemory()
-        parts.model.unload()
+        parts.putAway()
     }
 }
 

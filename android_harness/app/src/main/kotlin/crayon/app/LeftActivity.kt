@@ -5,7 +5,7 @@ import android.widget.TextView
 import java.text.DateFormat
 import java.util.Date
 
-/** What has left this phone: every query that a server LLM was sent, as it was sent. */
+/** What has left this phone, as it was sent: queries to a server LLM, and requests for customizations. */
 class LeftActivity : Screen() {
     override fun onCreate(savedInstanceState: Bundle?) {
         super.onCreate(savedInstanceState)

@@ -60,7 +60,7 @@ class Parts(
     val conversation = Conversation(folder.resolve("conversation.json"))
     val sent = SentLog(folder.resolve("sent.jsonl"))
     val chat = Chat(conversation, model, settings, thermometer, prompting, sent)
-    val customizing: Customizing = Customizing(model, settings, keys)
+    val customizing: Customizing = Customizing(model, settings, keys, sent)
     val benchmark = Benchmark(model, measuring) { context.getExternalFilesDir("benchmarks")?.toPath() }
 
     /** Once, when the process starts. */
@@ -69,5 +69,10 @@ class Parts(
             importing.removeLeftovers()
             model.look()
         }
+    }
+
+    /** Gives the memory of the model back; not here and now, as a running computation has to come to a step's end. */
+    fun putAway() {
+        scope.launch { model.unload() }
     }
 }

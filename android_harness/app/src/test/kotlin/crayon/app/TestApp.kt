@@ -107,8 +107,9 @@ abstract class AppTest {
         startService()
     }
 
+    /** The last turn; an empty one before there is any. */
     protected val last: Turn get() = parts.conversation.turns.value
-        .last()
+        .lastOrNull() ?: Turn("")
 
     protected fun row(screen: Activity): View {
         val list = screen.view<ListView>(R.id.turns)

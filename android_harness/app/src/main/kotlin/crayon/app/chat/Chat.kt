@@ -6,6 +6,8 @@ import crayon.app.Thermometer
 import crayon.app.model.Model
 import crayon.app.said
 import crayon.runtime.BackendError
+import crayon.runtime.CrayonError
+import crayon.runtime.EngineClosed
 import crayon.runtime.GenerateOptions
 import crayon.runtime.routing.AnswerStream
 import crayon.runtime.routing.Part
@@ -34,7 +36,7 @@ class Chat(
             conversation.change { it.copy(stage = Stage.STOPPED) }
             throw e
         } catch (e: Throwable) {
-            conversation.change { it.copy(stage = Stage.FAILED, why = e.said()) }
+            conversation.change { it.copy(stage = if (it.answer.isEmpty()) Stage.FAILED else Stage.STOPPED, why = e.said()) }
         }
     }
 
@@ -47,29 +49,30 @@ class Chat(
         val router = Router(engine, server = server, log = sent)
         val prompt = prompting.prompt(turns.takeLast(limits.turns), engine.tokenizer.info)
         val stream = router.stream(prompt, turns.last().question, GenerateOptions(maxNewTokens = limits.maxNewTokens))
-        if (show(stream)) {
-            val answer = stream.answer
-            conversation.change { it.copy(answer = answer.text, source = source(answer.route), why = answer.reason, stage = Stage.DONE) }
-        } else {
-            conversation.change { it.copy(stage = Stage.STOPPED, why = tooHot().said()) }
-        }
+        show(stream)
+        val answer = stream.answer
+        conversation.change { it.copy(answer = answer.text, source = source(answer.route), why = answer.reason, stage = Stage.DONE) }
     }
 
-    /** Shows an answer while it comes; false if the phone became too hot for it. */
-    private suspend fun show(stream: AnswerStream): Boolean {
+    /** Shows an answer while it comes; throws where the phone becomes too hot for it, or wants its memory back. */
+    private suspend fun show(stream: AnswerStream) {
         val shown = Shown()
         var count = 0
-        var cool = true
+        var cut: CrayonError? = null
         stream.parts
             .takeWhile { part ->
                 if (part.source == Route.DEVICE) count++
-                cool = count <= thermometer.limits.value.room()
-                cool
+                cut = when {
+                    model.leaving -> EngineClosed("the model is put away")
+                    count > thermometer.limits.value.room() -> tooHot()
+                    else -> null
+                }
+                cut == null
             }.collect { part ->
                 shown.add(part)
                 conversation.change { it.copy(answer = shown.text, source = shown.source?.let(::source)) }
             }
-        return cool
+        cut?.let { throw it }
     }
 
     /** Parts of an answer that may come: its tokens, and what was decided to stay of them, once more. */

@@ -11,6 +11,7 @@ import crayon.runtime.Engine
 import crayon.runtime.Example
 import crayon.runtime.InvalidInput
 import crayon.runtime.PoolClient
+import crayon.runtime.routing.SentLog
 import kotlinx.coroutines.CancellationException
 import kotlinx.coroutines.flow.MutableStateFlow
 import kotlinx.coroutines.flow.StateFlow
@@ -30,7 +31,7 @@ sealed interface Customized {
     data class Failed(val why: String) : Customized
 }
 
-class Customizing(private val model: Model, private val settings: Settings, private val keys: Keys) {
+class Customizing(private val model: Model, private val settings: Settings, private val keys: Keys, private val sent: SentLog) {
     private val told = MutableStateFlow<Customized>(Customized.Idle)
     val state: StateFlow<Customized> = told.asStateFlow()
 
@@ -41,9 +42,11 @@ class Customizing(private val model: Model, private val settings: Settings, priv
             Customized.Preview(examples, client.url, Customizer(model.ready(), client).preview(examples))
         }
 
-    /** Sends what was shown. If the pool has changed since, something else would be sent: then nothing is. */
+    /** Sends what was shown, and writes down that it did. If the pool has changed since, something else would be sent: then nothing is. */
     suspend fun send(shown: Customized.Preview) =
         telling {
+            var entry: String? = null
+            var outcome = "it was stopped"
             val client = client { body ->
                 if (String(body) != shown.body) {
                     throw InvalidInput(
@@ -51,9 +54,18 @@ class Customizing(private val model: Model, private val settings: Settings, priv
                         advice = "look again",
                     )
                 }
+                entry = sent.sending(shown.url, shown.body, body.size.toLong())
             }
-            val made = Customizer(model.ready(), client).customize(shown.examples)
-            Customized.Done(made.installed, made.reason)
+            try {
+                val made = Customizer(model.ready(), client).customize(shown.examples)
+                outcome = made.reason
+                Customized.Done(made.installed, made.reason)
+            } catch (e: CrayonError) {
+                outcome = e.what
+                throw e
+            } finally {
+                entry?.let { sent.ended(it, outcome, shown.bytes.toLong()) }
+            }
         }
 
     /** What was shown is no longer what would be sent. */

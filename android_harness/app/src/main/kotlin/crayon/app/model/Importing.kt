@@ -11,6 +11,7 @@ import crayon.runtime.OutputError
 import crayon.runtime.bundle.install
 import kotlinx.coroutines.CancellationException
 import kotlinx.coroutines.Dispatchers
+import kotlinx.coroutines.currentCoroutineContext
 import kotlinx.coroutines.ensureActive
 import kotlinx.coroutines.flow.MutableStateFlow
 import kotlinx.coroutines.flow.StateFlow
@@ -21,7 +22,6 @@ import kotlinx.coroutines.withContext
 import java.io.IOException
 import java.io.InputStream
 import java.nio.file.Path
-import kotlin.coroutines.coroutineContext
 import kotlin.io.path.deleteIfExists
 import kotlin.io.path.outputStream
 
@@ -73,7 +73,9 @@ class Importing(
                         }
                     }
                 }
+                val context = currentCoroutineContext()
                 val onBytes = { count: Int ->
+                    context.ensureActive()
                     done += count
                     onProgress(done, total)
                 }
@@ -129,7 +131,7 @@ class Importing(
         val buffer = ByteArray(1 shl 18)
         copy.outputStream().use { out ->
             while (true) {
-                coroutineContext.ensureActive()
+                currentCoroutineContext().ensureActive()
                 val count = try {
                     stream.read(buffer)
                 } catch (e: IOException) {

@@ -6,13 +6,13 @@ import crayon.runtime.OutputError
 import crayon.runtime.ServerError
 import crayon.runtime.bundle.Bundle
 import crayon.runtime.bundle.install
+import kotlinx.coroutines.currentCoroutineContext
 import kotlinx.coroutines.ensureActive
 import java.io.IOException
 import java.net.HttpURLConnection
 import java.net.MalformedURLException
 import java.net.URL
 import java.nio.file.Path
-import kotlin.coroutines.coroutineContext
 import kotlin.io.path.deleteIfExists
 import kotlin.io.path.name
 import kotlin.io.path.outputStream
@@ -36,7 +36,8 @@ object HttpInstall : InstallFrom {
         val archive = place.resolveSibling("${place.name}.download")
         try {
             fetch(checked(url), archive, onProgress)
-            return install(archive, place, replace = true, check = check)
+            val context = currentCoroutineContext()
+            return install(archive, place, replace = true, onBytes = { context.ensureActive() }, check = check)
         } finally {
             archive.deleteIfExists()
         }
@@ -58,7 +59,7 @@ object HttpInstall : InstallFrom {
             connection.inputStream.use { stream ->
                 archive.outputStream().use { out ->
                     while (true) {
-                        coroutineContext.ensureActive()
+                        currentCoroutineContext().ensureActive()
                         val count = stream.read(buffer)
                         if (count < 0) break
                         write { out.write(buffer, 0, count) }

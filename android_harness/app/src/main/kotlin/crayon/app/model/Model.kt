@@ -6,6 +6,7 @@ import crayon.runtime.InvalidInput
 import crayon.runtime.backends.BackendLoader
 import crayon.runtime.bundle.Bundle
 import kotlinx.coroutines.Dispatchers
+import kotlinx.coroutines.NonCancellable
 import kotlinx.coroutines.flow.MutableStateFlow
 import kotlinx.coroutines.flow.StateFlow
 import kotlinx.coroutines.flow.asStateFlow
@@ -61,15 +62,33 @@ class Model(
             engine
         }
 
+    /** Whether it is about to be unloaded: who computes with it should end, as the engine waits for a pause between two tokens. */
+    @Volatile
+    var leaving = false
+        private set
+
     /** Frees the memory; the next question loads the model again. An answer that is running ends with an error. */
-    fun unload() = engine.unload()
+    fun unload() {
+        leaving = true
+        try {
+            engine.unload()
+        } finally {
+            leaving = false
+        }
+    }
 
     /** Has a bundle installed at [place], with the check of signatures that whoever does it has to make; what was there stays where this fails. */
     suspend fun replace(installing: suspend (check: (ByteArray, ByteArray?) -> Unit) -> Bundle) =
         changing.withLock {
-            withContext(Dispatchers.IO) { installing { document, signature -> keys.check(document, signature, place) } }
-            engine.unload() // what it has mapped is the old one
-            told.value = withContext(Dispatchers.IO) { read() }
+            try {
+                withContext(Dispatchers.IO) { installing { document, signature -> keys.check(document, signature, place) } }
+            } finally {
+                // Also where this was stopped after the last byte: what counts is what is there.
+                withContext(NonCancellable + Dispatchers.IO) {
+                    engine.unload() // what it has mapped is the old one
+                    told.value = read()
+                }
+            }
         }
 
     private suspend fun load() {

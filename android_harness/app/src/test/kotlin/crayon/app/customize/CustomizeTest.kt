@@ -65,7 +65,10 @@ class CustomizeTest : AppTest() {
         assertContains(screen.shows(R.id.message), "These ${body.toByteArray().size} bytes")
         assertContains(screen.shows(R.id.message), service.url)
         screen.send()
-        assertEquals(listOf(body), service.sent.distinct())
+        assertEquals(listOf(body), service.sent)
+        val written = parts.sent.read().single()
+        assertEquals(listOf(service.url, body), listOf(written.server, written.query))
+        assertContains(written.outcome.orEmpty(), "archive")
         assertContains(screen.shows(R.id.message), "The model was not customized.")
         ask(chat().get(), "hi")
         untilIdle()
@@ -91,6 +94,7 @@ class CustomizeTest : AppTest() {
         service.version = "fedcba9876543210"
         screen.send()
         assertEquals(emptyList(), service.sent)
+        assertEquals(emptyList(), parts.sent.read())
         assertContains(screen.shows(R.id.message), "another pool now")
     }
 

@@ -6,12 +6,14 @@ import android.net.Uri
 import com.sun.net.httpserver.HttpServer
 import crayon.app.AppTest
 import crayon.app.Documents
+import crayon.app.Kind
 import crayon.app.Phone
 import crayon.app.R
 import crayon.app.bundleFiles
 import crayon.app.sha256
 import crayon.app.writeArchive
 import crayon.runtime.TrustedKeys
+import crayon.runtime.bundle.Bundle
 import kotlinx.coroutines.runBlocking
 import org.junit.Test
 import org.robolectric.Robolectric
@@ -137,6 +139,22 @@ class ImportTest : AppTest() {
         Phone.freeSpace = 64L shl 20
         assertContains(refused(Documents.of(archive("second"))), "MB are free")
         assertEquals("first", name)
+    }
+
+    @Test
+    fun `an import that is stopped leaves the earlier bundle and no copy`() {
+        import(Documents.of(archive("first")))
+        val second = Documents.of(archive("second"))
+        for (at in listOf(1, 2, 3)) {
+            var steps = 0
+            parts.work.begin(Kind.INSTALL) { parts.importing.document(second) { _, _ -> if (++steps == at) parts.work.cancel() } }
+            startService()
+            untilIdle()
+            assertTrue(steps >= at)
+            assertEquals(listOf("model"), kept)
+            assertEquals(Bundle.open(folder.resolve("model")).manifest.name, name)
+            if (at < 3) assertEquals("first", name) // the third are the last bytes
+        }
     }
 
     @Test
