@@ -59,6 +59,7 @@ class CustomizeActivity : Screen() {
     private fun show(state: Customized) {
         view<TextView>(R.id.message).text = when (state) {
             Customized.Idle -> ""
+            Customized.Working -> getString(R.string.working)
             is Customized.Preview -> getString(R.string.leaves, state.bytes, state.url)
             is Customized.Done -> getString(if (state.installed) R.string.customized else R.string.not_customized, state.reason)
             is Customized.Failed -> getString(R.string.customize_failed, state.why)

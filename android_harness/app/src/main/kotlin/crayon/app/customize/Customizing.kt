@@ -21,6 +21,8 @@ import kotlinx.coroutines.flow.asStateFlow
 sealed interface Customized {
     data object Idle : Customized
 
+    data object Working : Customized
+
     /** @property body what would be sent, every byte of it. */
     data class Preview(val examples: List<Example>, val url: String, val body: String) : Customized {
         val bytes: Int get() = body.toByteArray().size
@@ -37,7 +39,7 @@ class Customizing(private val model: Model, private val settings: Settings, priv
 
     /** Computes what would be sent. The service is asked for its pool, and told nothing. */
     suspend fun preview(examples: List<Example>) =
-        telling {
+        telling(stale = true) {
             val client = client { throw InvalidInput("nothing is sent for a preview") }
             Customized.Preview(examples, client.url, Customizer(model.ready(), client).preview(examples))
         }
@@ -87,14 +89,17 @@ class Customizing(private val model: Model, private val settings: Settings, priv
         return PoolClient(service.url, keys.trusted, service.key, onSend = onSend)
     }
 
-    private suspend fun telling(work: suspend () -> Customized) {
-        told.value = Customized.Idle
-        told.value = try {
+    /** @param stale whether the result is of no use where the examples were changed in the meantime. */
+    private suspend fun telling(stale: Boolean = false, work: suspend () -> Customized) {
+        told.value = Customized.Working
+        val result = try {
             work()
         } catch (e: CancellationException) {
+            told.value = Customized.Idle
             throw e
         } catch (e: Throwable) {
             Customized.Failed(e.said())
         }
+        if (stale) told.compareAndSet(Customized.Working, result) else told.value = result
     }
 }

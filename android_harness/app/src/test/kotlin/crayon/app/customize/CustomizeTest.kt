@@ -5,14 +5,18 @@ import android.view.View
 import android.widget.EditText
 import android.widget.LinearLayout
 import crayon.app.AppTest
+import crayon.app.EOS
 import crayon.app.Endpoint
+import crayon.app.Phone
 import crayon.app.R
 import crayon.app.view
+import crayon.runtime.backends.Script
 import org.junit.After
 import org.junit.Before
 import org.junit.Test
 import org.robolectric.Robolectric
 import org.robolectric.android.controller.ActivityController
+import java.util.concurrent.CountDownLatch
 import kotlin.test.assertContains
 import kotlin.test.assertEquals
 import kotlin.test.assertFalse
@@ -84,6 +88,17 @@ class CustomizeTest : AppTest() {
         screen.example(0, "wake me at eight", "alarm.set(time=8:00 AM, day=tomorrow)")
         until("it is gone") { !screen.canSend }
         assertEquals("", screen.shows(R.id.body))
+        val gate = CountDownLatch(1)
+        Phone.script = Script { _, _, _ ->
+            gate.await()
+            EOS
+        }
+        screen.press(R.id.preview)
+        startService()
+        screen.example(0, "wake me at nine", "alarm.set(time=9:00 AM, day=tomorrow)")
+        gate.countDown()
+        untilIdle()
+        assertFalse(screen.canSend)
     }
 
     @Test
