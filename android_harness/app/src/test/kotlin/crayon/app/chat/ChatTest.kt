@@ -153,17 +153,17 @@ class ChatTest : AppTest() {
     @Test
     fun `an answer that is running when memory is short says what happened`() {
         install()
-        Phone.script = Script { _, _, _ ->
-            Thread.sleep(5)
-            letters("a").single()
-        }
+        Phone.script = endless
         ask(chat().get(), "hi")
         until("it says something") { last.answer.isNotEmpty() }
         app.onTrimMemory(ComponentCallbacks2.TRIM_MEMORY_BACKGROUND)
+        until("the memory is wanted") { parts.model.leaving }
+        gate.countDown()
         untilIdle()
         assertEquals(Stage.STOPPED, last.stage)
         assertContains(last.why, "The phone needed the memory")
         assertContains(last.answer, "a")
+        until("it is put away") { parts.model.state.value == EngineState.Empty }
     }
 
     @Test
