@@ -15,7 +15,7 @@ from crayon_runtime.customize import preview
 from crayon_runtime.pool import Embedding, Pool
 from crayon_runtime.remote import PoolClient
 from crayon_runtime.signing import KeyStore, TrustedKeys
-from tests.android_harness import expected
+from tests.android_harness import calls, expected
 from tests.runtime import bundles, pools
 from tests.runtime.routing import upstreams
 from tests.runtime.services import POOL, POST, PROJECTION, Service, answers, cut_at, real
@@ -113,5 +113,6 @@ if __name__ == "__main__":  # FIXTURES STORIES COMMAND…: make the fixtures, se
     made = Path(sys.argv[1])
     made.mkdir()
     expected.write(made, Path(sys.argv[2]))
+    calls.write_cases(made / "calls.json")
     with serving(made):
         sys.exit(subprocess.run(sys.argv[3:], cwd=expected.HARNESS, check=False).returncode)

@@ -29,16 +29,17 @@ def test_it_says_what_the_python_runtime_says(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
     cases = [
         case
-        for report in HARNESS.glob("core/target/surefire-reports/TEST-*.xml")
+        for report in HARNESS.glob("*/target/surefire-reports/TEST-*.xml")
         for case in ET.parse(report).iter("testcase")
     ]
     assert len(cases) > 80
+    assert {"EngineTest", "ChatTest"} <= {case.get("classname", "").rpartition(".")[2] for case in cases}
     not_passed = {"failure", "error", "skipped"}
     assert [case.get("name") for case in cases if not_passed & {child.tag for child in case}] == []
 
 
-def test_the_snippet_of_its_readme_is_the_one_that_is_compiled() -> None:
+def test_the_snippet_of_its_page_is_the_one_that_is_compiled() -> None:
     source = (HARNESS / "core/src/test/kotlin/crayon/app/Assistant.kt").read_text()
     snippet = source.partition("// begin\n")[2].partition("// end\n")[0]
     assert snippet
-    assert f"```kotlin\n{snippet}```" in (HARNESS / "README.md").read_text()
+    assert f"```kotlin\n{snippet}```" in (ROOT / "docs/android.md").read_text()

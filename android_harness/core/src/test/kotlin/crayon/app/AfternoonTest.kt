@@ -12,7 +12,7 @@ import kotlin.test.assertTrue
 
 class AfternoonTest {
     @Test
-    fun `the assistant of the README answers and learns`(
+    fun `the assistant of the page answers and learns`(
         @TempDir folder: Path,
     ) = runBlocking {
         fixtures.resolve("keys.json").copyTo(folder.resolve("keys.json"))

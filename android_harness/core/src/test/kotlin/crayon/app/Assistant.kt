@@ -1,4 +1,4 @@
-// The snippet of README.md, "Your app in an afternoon": a test holds the two together, and another one runs it.
+// The snippet of docs/android.md, "Your app in an afternoon": a test holds the two together, and another one runs it.
 package crayon.app
 
 // begin

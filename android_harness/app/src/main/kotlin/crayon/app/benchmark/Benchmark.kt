@@ -1,0 +1,104 @@
+package crayon.app.benchmark
+
+import android.util.AtomicFile
+import android.util.Log
+import crayon.app.model.Model
+import crayon.app.said
+import crayon.runtime.CrayonError
+import crayon.runtime.InvalidInput
+import crayon.runtime.OutputError
+import kotlinx.coroutines.CancellationException
+import kotlinx.coroutines.flow.MutableStateFlow
+import kotlinx.coroutines.flow.StateFlow
+import kotlinx.coroutines.flow.asStateFlow
+import kotlinx.serialization.json.JsonObject
+import kotlinx.serialization.json.buildJsonObject
+import kotlinx.serialization.json.put
+import kotlinx.serialization.json.putJsonObject
+import java.io.IOException
+import java.nio.file.Path
+
+private val NAME = Regex("[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+/** How far a benchmark is. @property lines results. @property problem null: nothing went wrong. */
+data class Measured(val lines: List<String> = emptyList(), val problem: String? = null)
+
+/**
+ * Runs benchmarks, and writes what they measure to a file in the app's external folder, where a computer fetches it.
+ *
+ * @param folder null: the phone has no such folder now.
+ */
+class Benchmark(private val model: Model, private val measuring: Measuring, private val folder: () -> Path?) {
+    private val told = MutableStateFlow(Measured())
+    val measured: StateFlow<Measured> = told.asStateFlow()
+
+    /**
+     * Measures.
+     *
+     * @param job what to measure, as JSON.
+     * @param name of the file, which appears when everything is in it. Where something went wrong, its last line is an `error`.
+     * @param bundle relative to the app's external folder; null: the installed model.
+     */
+    suspend fun run(job: String, name: String? = null, bundle: String? = null) {
+        told.value = Measured()
+        model.unload() // two models may not fit, and one must not disturb the other
+        try {
+            val lines = measuring.lines(bundle?.let(::inside) ?: model.place, job)
+            lines.collect { line -> told.value = told.value.copy(lines = told.value.lines + line) }
+        } catch (e: CancellationException) {
+            finish(name, InvalidInput("the benchmark was stopped"))
+            throw e
+        } catch (e: Throwable) {
+            finish(name, e)
+            return
+        }
+        finish(name, null)
+    }
+
+    private fun finish(name: String?, problem: Throwable?) {
+        told.value = told.value.copy(problem = problem?.said())
+        if (name == null) return
+        try {
+            write(name, told.value.lines + listOfNotNull(problem?.let { error(it).toString() }))
+        } catch (e: CrayonError) {
+            Log.e(TAG, "benchmark $name: ${e.said()}")
+            told.value = told.value.copy(problem = e.said())
+        }
+    }
+
+    private fun write(name: String, lines: List<String>) {
+        val path = inside(name.also { if (!NAME.matches(it)) throw InvalidInput("this is no name of a file", "name") })
+        val file = AtomicFile(path.toFile())
+        try {
+            val stream = file.startWrite()
+            stream.write(lines.joinToString("") { "$it\n" }.toByteArray())
+            file.finishWrite(stream)
+        } catch (e: IOException) {
+            throw OutputError("the results cannot be written: ${e.message}", path, "free some space", e)
+        }
+        Log.i(TAG, "benchmark written: $path")
+    }
+
+    /** A path of the external folder; it must not lead out of it. */
+    private fun inside(relative: String): Path {
+        val root = folder() ?: throw OutputError("the phone has no external folder now", advice = "unlock it, and try again")
+        val path = root.resolve(relative).normalize()
+        if (!path.startsWith(root)) throw InvalidInput("the path leads out of the app's folder", "bundle")
+        return path
+    }
+
+    /** In the form of this project's services. */
+    private fun error(problem: Throwable): JsonObject =
+        buildJsonObject {
+            putJsonObject("error") {
+                put("what", (problem as? CrayonError)?.what ?: "$problem")
+                put("where", (problem as? CrayonError)?.where)
+                put("do", (problem as? CrayonError)?.advice)
+            }
+        }
+
+    companion object {
+        /** Of the lines in the system's log. */
+        const val TAG = "crayon"
+    }
+}

@@ -1,0 +1,28 @@
+package crayon.app.benchmark
+
+import android.app.Activity
+import android.os.Bundle
+import android.util.Log
+import crayon.app.Kind
+import crayon.app.parts
+
+/**
+ * Begins a benchmark without a screen, for a computer at the other end of the cable:
+ *
+ *     am start -n crayon.app/.benchmark.HeadlessBenchmarkActivity --es job '{"prompt": [128]}' --es name run1.jsonl [--es bundle nano]
+ *
+ * Only who holds android.permission.DUMP may start it, as adb's shell does: the manifest asks for that.
+ */
+class HeadlessBenchmarkActivity : Activity() {
+    override fun onCreate(savedInstanceState: Bundle?) {
+        super.onCreate(savedInstanceState)
+        val job = intent.getStringExtra("job") ?: "{}"
+        val name = intent.getStringExtra("name") ?: "benchmark.jsonl"
+        val bundle = intent.getStringExtra("bundle")
+        val benchmark = parts.benchmark
+        if (!parts.work.begin(Kind.BENCHMARK) { benchmark.run(job, name, bundle) }) {
+            Log.e(Benchmark.TAG, "benchmark $name: something else is running in the app; end it, and try again")
+        }
+        finish()
+    }
+}
