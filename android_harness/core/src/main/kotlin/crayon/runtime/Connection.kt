@@ -144,7 +144,11 @@ internal class Connection(val url: String, private val apiKey: String?, private 
                     throw Cut("the service does not have the rest of what it sent", "try again later")
                 }
                 if (status == 404 && body == null) return status
-                if (status == 206 && from > 0) checkPart(connection, from) else if (status != 200) throw refusal(connection, status)
+                if (status == 206 && from > 0) {
+                    checkPart(connection, from)
+                } else if (status != 200) {
+                    throw refusal(connection, status)
+                }
                 if ((connection.contentEncoding ?: "identity") != "identity") throw ServerError("the service sends compressed data", url)
                 if (status == 200) {
                     into.restart(connection.getHeaderField("ETag")?.takeIf { it.startsWith('"') })
@@ -233,7 +237,11 @@ internal class Connection(val url: String, private val apiKey: String?, private 
 
     /** The length of a file of which a part was asked for that it does not have. */
     private fun ends(connection: HttpURLConnection): Long? =
-        RANGE.matchEntire(connection.getHeaderField("Content-Range").orEmpty())?.groupValues?.get(2)?.toLongOrNull()
+        RANGE
+            .matchEntire(connection.getHeaderField("Content-Range").orEmpty())
+            ?.groupValues
+            ?.get(2)
+            ?.toLongOrNull()
 
     private fun refusal(connection: HttpURLConnection, status: Int): Exception {
         val (what, advice) = said(connection, status)

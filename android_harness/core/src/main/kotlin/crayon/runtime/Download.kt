@@ -133,7 +133,11 @@ private suspend fun <T> fetched(
 
 private fun checkHash(file: Path, wanted: String?, url: String) {
     if (wanted != null && sha256(file) != wanted) {
-        throw IntegrityError("what the server sent is not the file of this SHA-256", url, "try again; if it stays so, the server has another file")
+        throw IntegrityError(
+            "what the server sent is not the file of this SHA-256",
+            url,
+            "try again; if it stays so, the server has another file",
+        )
     }
 }
 
@@ -145,65 +149,65 @@ private data class PartOf(val url: String, val etag: String?)
 private class PartFile private constructor(val path: Path, private val channel: FileChannel, private val url: String) :
     Destination,
     AutoCloseable {
-    private val about = path.resolveSibling("${path.name}.json")
-    override var etag: String? = readAbout()
-        private set
-    override val length: Long get() = channel.size()
+        private val about = path.resolveSibling("${path.name}.json")
+        override var etag: String? = readAbout()
+            private set
+        override val length: Long get() = channel.size()
 
-    init {
-        if (etag == null) channel.truncate(0)
-        channel.position(channel.size())
-    }
-
-    override fun restart(etag: String?) {
-        channel.truncate(0) // before it is said to be of another file
-        this.etag = etag
-        writeAtomically(about, COMPACT.encodeToString(PartOf.serializer(), PartOf(url, etag)).toByteArray())
-    }
-
-    override fun write(buffer: ByteArray, count: Int) = channel.writeFully(buffer, count)
-
-    fun flush() = channel.force(true)
-
-    fun discard() {
-        path.deleteIfExists()
-        about.deleteIfExists()
-    }
-
-    override fun close() = channel.close()
-
-    private fun readAbout(): String? =
-        try {
-            decodeJson(PartOf.serializer(), about.readBytes()).takeIf { it.url == url }?.etag
-        } catch (_: IOException) {
-            null
-        } catch (_: Malformed) {
-            null
+        init {
+            if (etag == null) channel.truncate(0)
+            channel.position(channel.size())
         }
 
-    companion object {
-        fun open(target: Path, url: String): PartFile {
-            val path = target.resolveSibling(".${target.name}.part")
-            Files.createDirectories(path.parent)
-            val channel = FileChannel.open(path, CREATE, READ, WRITE)
-            try {
-                if (!isFree(channel)) {
-                    throw InvalidInput("another download to this place is running", target, "wait for it, or choose another path")
-                }
-                return PartFile(path, channel, url)
-            } catch (e: Throwable) {
-                channel.close()
-                throw e
-            }
+        override fun restart(etag: String?) {
+            channel.truncate(0) // before it is said to be of another file
+            this.etag = etag
+            writeAtomically(about, COMPACT.encodeToString(PartOf.serializer(), PartOf(url, etag)).toByteArray())
         }
 
-        private fun isFree(channel: FileChannel): Boolean =
+        override fun write(buffer: ByteArray, count: Int) = channel.writeFully(buffer, count)
+
+        fun flush() = channel.force(true)
+
+        fun discard() {
+            path.deleteIfExists()
+            about.deleteIfExists()
+        }
+
+        override fun close() = channel.close()
+
+        private fun readAbout(): String? =
             try {
-                channel.tryLock() != null
-            } catch (_: OverlappingFileLockException) {
-                false
+                decodeJson(PartOf.serializer(), about.readBytes()).takeIf { it.url == url }?.etag
             } catch (_: IOException) {
-                true // a file system without locks
+                null
+            } catch (_: Malformed) {
+                null
             }
+
+        companion object {
+            fun open(target: Path, url: String): PartFile {
+                val path = target.resolveSibling(".${target.name}.part")
+                Files.createDirectories(path.parent)
+                val channel = FileChannel.open(path, CREATE, READ, WRITE)
+                try {
+                    if (!isFree(channel)) {
+                        throw InvalidInput("another download to this place is running", target, "wait for it, or choose another path")
+                    }
+                    return PartFile(path, channel, url)
+                } catch (e: Throwable) {
+                    channel.close()
+                    throw e
+                }
+            }
+
+            private fun isFree(channel: FileChannel): Boolean =
+                try {
+                    channel.tryLock() != null
+                } catch (_: OverlappingFileLockException) {
+                    false
+                } catch (_: IOException) {
+                    true // a file system without locks
+                }
+        }
     }
-}

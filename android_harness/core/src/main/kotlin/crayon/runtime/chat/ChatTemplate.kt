@@ -87,8 +87,11 @@ class ChatTemplate internal constructor(source: String, private val names: Map<S
 private fun fromJson(element: JsonElement): Any? =
     when (element) {
         is JsonNull -> null
+
         is JsonObject -> element.entries.associateTo(LinkedHashMap<Any?, Any?>()) { (key, value) -> key to fromJson(value) }
+
         is JsonArray -> element.map(::fromJson)
+
         is JsonPrimitive -> when {
             element.isString -> element.content
             element.content == "true" || element.content == "false" -> element.content == "true"
@@ -104,7 +107,12 @@ private fun fromJson(element: JsonElement): Any? =
  * so that they can be told apart whatever the template does around them.
  */
 internal class ControlTokens(texts: Collection<String>) {
-    private val either = texts.filter { it.isNotEmpty() }.sortedByDescending { it.length }.joinToString("|") { Regex.escape(it) }.ifEmpty { "(?!)" }
+    private val either = texts
+        .filter {
+            it.isNotEmpty()
+        }.sortedByDescending { it.length }
+        .joinToString("|") { Regex.escape(it) }
+        .ifEmpty { "(?!)" }
     private val token = Regex(either)
     private val markedOrToken = Regex("$START(?:$either)$END|($either)")
 

@@ -8,7 +8,14 @@ private const val LONGEST = 1 shl 26
 internal class Scope(private val outer: Scope?) {
     private val values = HashMap<String, Any?>()
 
-    operator fun get(name: String): Any? = if (name in values) values[name] else outer?.get(name) ?: if (has(name)) null else Undefined(name)
+    operator fun get(name: String): Any? =
+        if (name in
+            values
+        ) {
+            values[name]
+        } else {
+            outer?.get(name) ?: if (has(name)) null else Undefined(name)
+        }
 
     operator fun set(name: String, value: Any?) {
         values[name] = value
@@ -36,18 +43,39 @@ internal class Evaluation(private val global: Scope) {
         for (statement in body) {
             step()
             when (statement) {
-                is Text -> write(statement.text)
-                is Output -> write(textOf(value(statement.of, scope)))
-                is If -> execute(statement.branches.firstOrNull { isTrue(value(it.first, scope)) }?.second ?: statement.otherwise, scope)
-                is For -> loop(statement, scope)
-                is Assign -> assign(statement.target, value(statement.value, scope), scope)
+                is Text -> {
+                    write(statement.text)
+                }
+
+                is Output -> {
+                    write(textOf(value(statement.of, scope)))
+                }
+
+                is If -> {
+                    execute(statement.branches.firstOrNull { isTrue(value(it.first, scope)) }?.second ?: statement.otherwise, scope)
+                }
+
+                is For -> {
+                    loop(statement, scope)
+                }
+
+                is Assign -> {
+                    assign(statement.target, value(statement.value, scope), scope)
+                }
+
                 is AssignBlock -> {
                     var value: Any? = captured { execute(statement.body, Scope(scope)) }
                     for ((name, arguments) in statement.filters) value = filter(name, value, arguments, scope)
                     assign(statement.target, value, scope)
                 }
-                is Macro -> scope[statement.name] = Callable { call(statement, it, scope) }
-                is Jump -> throw if (statement.isBreak) Break() else Continue()
+
+                is Macro -> {
+                    scope[statement.name] = Callable { call(statement, it, scope) }
+                }
+
+                is Jump -> {
+                    throw if (statement.isBreak) Break() else Continue()
+                }
             }
         }
     }
@@ -98,7 +126,13 @@ internal class Evaluation(private val global: Scope) {
         val inner = Scope(scope)
         macro.parameters.forEachIndexed { i, (name, default) ->
             val given = arguments[i, name, Missing]
-            inner[name] = if (given !== Missing) given else if (default != null) value(default, inner) else Undefined(name)
+            inner[name] = if (given !== Missing) {
+                given
+            } else if (default != null) {
+                value(default, inner)
+            } else {
+                Undefined(name)
+            }
         }
         arguments.check(macro.parameters.size)
         return captured { execute(macro.body, inner) }
@@ -106,11 +140,15 @@ internal class Evaluation(private val global: Scope) {
 
     private fun assign(target: Target, value: Any?, scope: Scope) {
         when (target) {
-            is NameTarget -> scope[target.name] = value
+            is NameTarget -> {
+                scope[target.name] = value
+            }
+
             is AttributeTarget -> {
                 val namespace = scope[target.namespace] as? Namespace ?: throw Refused("cannot assign attribute on non-namespace object")
                 namespace.values[target.name] = value
             }
+
             is TupleTarget -> {
                 val items = items(value)
                 if (items.size != target.targets.size) throw Refused("${items.size} values for ${target.targets.size} names")
@@ -122,28 +160,70 @@ internal class Evaluation(private val global: Scope) {
     private fun value(of: Expression, scope: Scope): Any? {
         step()
         return when (of) {
-            is Constant -> of.value
-            is Name -> scope[of.name]
-            is ListOf -> of.items.map { value(it, scope) }.let { if (of.isTuple) Tuple(it) else it }
-            is DictOf -> of.items.associateTo(LinkedHashMap()) { (key, item) -> key(value(key, scope)) to value(item, scope) }
-            is Attribute -> attribute(value(of.of, scope), of.name)
-            is Item -> item(value(of.of, scope), value(of.key, scope))
-            is Slice -> slice(value(of.of, scope), listOf(of.start, of.stop, of.step).map { it?.let { part -> value(part, scope) } })
+            is Constant -> {
+                of.value
+            }
+
+            is Name -> {
+                scope[of.name]
+            }
+
+            is ListOf -> {
+                of.items.map { value(it, scope) }.let { if (of.isTuple) Tuple(it) else it }
+            }
+
+            is DictOf -> {
+                of.items.associateTo(LinkedHashMap()) { (key, item) -> key(value(key, scope)) to value(item, scope) }
+            }
+
+            is Attribute -> {
+                attribute(value(of.of, scope), of.name)
+            }
+
+            is Item -> {
+                item(value(of.of, scope), value(of.key, scope))
+            }
+
+            is Slice -> {
+                slice(value(of.of, scope), listOf(of.start, of.stop, of.step).map { it?.let { part -> value(part, scope) } })
+            }
+
             is Call -> {
                 val called = value(of.of, scope)
                 if (called is Undefined) throw Refused("'${called.what}' is undefined")
                 (called as? Callable ?: throw Refused("'${typeName(called)}' object is not callable")).call(arguments(of.arguments, scope))
             }
-            is Filtered -> filter(of.name, value(of.of, scope), of.arguments, scope)
-            is Tested -> test(of.name, value(of.of, scope), arguments(of.arguments, scope)) != of.negated
-            is Unary -> unary(of.operator, value(of.of, scope))
-            is Binary -> binary(of, scope)
-            is Concatenation -> of.parts.joinToString("") { textOf(value(it, scope)) }
-            is Comparison -> comparison(of, scope)
-            is Conditional -> when {
-                isTrue(value(of.condition, scope)) -> value(of.then, scope)
-                of.otherwise != null -> value(of.otherwise, scope)
-                else -> Undefined("the inline if-expression without an else")
+
+            is Filtered -> {
+                filter(of.name, value(of.of, scope), of.arguments, scope)
+            }
+
+            is Tested -> {
+                test(of.name, value(of.of, scope), arguments(of.arguments, scope)) != of.negated
+            }
+
+            is Unary -> {
+                unary(of.operator, value(of.of, scope))
+            }
+
+            is Binary -> {
+                binary(of, scope)
+            }
+
+            is Concatenation -> {
+                of.parts.joinToString("") { textOf(value(it, scope)) }
+            }
+
+            is Comparison -> {
+                comparison(of, scope)
+            }
+
+            is Conditional -> {
+                when {
+                    isTrue(value(of.condition, scope)) -> value(of.then, scope)
+                    of.otherwise != null -> value(of.otherwise, scope)
+                    else -> Undefined("the inline if-expression without an else")
+                }
             }
         }
     }
@@ -221,16 +301,30 @@ internal fun arithmetic(operator: String, left: Any?, right: Any?): Any? {
     val y = number(right)
     try {
         when {
-            x is Long && y is Long -> return integers(operator, x, y)
-            x != null && y != null -> return floats(operator, x.toDouble(), y.toDouble())
+            x is Long && y is Long -> {
+                return integers(operator, x, y)
+            }
+
+            x != null && y != null -> {
+                return floats(operator, x.toDouble(), y.toDouble())
+            }
+
             operator == "+" && left is String && right is String -> {
                 if (left.length + right.length > LONGEST) throw Refused("it writes more than $LONGEST characters")
                 return left + right
             }
-            operator == "+" && left is List<*> && right is List<*> && (left is Tuple) == (right is Tuple) ->
+
+            operator == "+" && left is List<*> && right is List<*> && (left is Tuple) == (right is Tuple) -> {
                 return (left + right).let { if (left is Tuple) Tuple(it) else it }
-            operator == "*" && left is String && y is Long -> return repeated(left, y)
-            operator == "*" && right is String && x is Long -> return repeated(right, x)
+            }
+
+            operator == "*" && left is String && y is Long -> {
+                return repeated(left, y)
+            }
+
+            operator == "*" && right is String && x is Long -> {
+                return repeated(right, x)
+            }
         }
     } catch (e: ArithmeticException) {
         throw Refused(e.message ?: "a number is too large")
@@ -257,9 +351,18 @@ private fun integers(operator: String, x: Long, y: Long): Any =
 
 private fun floats(operator: String, x: Double, y: Double): Double =
     when (operator) {
-        "+" -> x + y
-        "-" -> x - y
-        "*" -> x * y
+        "+" -> {
+            x + y
+        }
+
+        "-" -> {
+            x - y
+        }
+
+        "*" -> {
+            x * y
+        }
+
         else -> {
             if (y == 0.0) throw ArithmeticException("division by zero")
             when (operator) {
@@ -326,5 +429,11 @@ private fun slice(value: Any?, parts: List<Any?>): Any? {
         taken += items[i.toInt()]
         i += by
     }
-    return if (value is String) taken.joinToString("") else if (value is Tuple) Tuple(taken) else taken
+    return if (value is String) {
+        taken.joinToString("")
+    } else if (value is Tuple) {
+        Tuple(taken)
+    } else {
+        taken
+    }
 }

@@ -84,7 +84,10 @@ internal val FILTERS: Map<String, (Any?, Arguments) -> Any?> = buildMap {
             items(value).filter { selected(path(it, a.needed(0, "attribute")), a, 1) == kept }
         }
     }
-    filter("indent", most = 3) { value, a -> indented(plain(value), a[0, "width", 4L], isTrue(a[1, "first", false]), isTrue(a[2, "blank", false])) }
+    filter(
+        "indent",
+        most = 3,
+    ) { value, a -> indented(plain(value), a[0, "width", 4L], isTrue(a[1, "first", false]), isTrue(a[2, "blank", false])) }
     filter("tojson", most = 1) { value, a ->
         val ascii = isTrue(a[0, "ensure_ascii", false])
         val indent = when (val given = a[9, "indent"]) {
@@ -138,20 +141,39 @@ internal fun functions(now: () -> LocalDateTime): Map<String, Callable> =
         "raise_exception" to Callable { throw Refused(textOf(it.needed(0, "message"))) },
         "strftime_now" to Callable { formatted(now(), plain(it.needed(0, "format"))) },
         "namespace" to Callable { a ->
-            val from = if (a.size > 0) a[0, "from"] as? Map<*, *> ?: throw Refused("a namespace is made of a dict") else emptyMap<Any, Any>()
+            val from = if (a.size >
+                0
+            ) {
+                a[0, "from"] as? Map<*, *> ?: throw Refused("a namespace is made of a dict")
+            } else {
+                emptyMap<Any, Any>()
+            }
             Namespace((from.mapKeys { textOf(it.key) } + a.allNamed()).toMutableMap())
         },
         "dict" to Callable { a ->
-            val from = if (a.size > 0) a[0, "from"] as? Map<*, *> ?: throw Refused("a dict is made of a dict here") else emptyMap<Any, Any>()
-            a.check(1)
-            LinkedHashMap<Any?, Any?>(from).apply { putAll(a.allNamed()) }
+            val from = if (a.size >
+                0
+            ) {
+                a[0, "from"] as? Map<*, *> ?: throw Refused("a dict is made of a dict here")
+            } else {
+                emptyMap<Any, Any>()
+            }
+            LinkedHashMap<Any?, Any?>(from).apply { putAll(a.allNamed()) }.also { a.check(1) }
         },
         "range" to Callable { a ->
             val numbers = a.from(0).map { number(it) as? Long ?: throw Refused("range() takes integers") }
             a.check(3)
             val (start, stop) = if (numbers.size == 1) listOf(0L, numbers[0]) else numbers
             val step = numbers.getOrElse(2) { 1L }
-            val range = if (step > 0) start until stop step step else if (step < 0) start downTo stop + 1 step -step else throw Refused("range() of step 0")
+            val range = if (step >
+                0
+            ) {
+                start until stop step step
+            } else if (step < 0) {
+                start downTo stop + 1 step -step
+            } else {
+                throw Refused("range() of step 0")
+            }
             if (stop - start > MOST_RANGE || start - stop > MOST_RANGE) throw Refused("range too big")
             range.toList()
         },
@@ -163,6 +185,7 @@ private const val MOST_RANGE = 100_000
 internal fun method(value: Any?, name: String): Callable? =
     when (value) {
         is String -> if (name in TEXT_METHODS) Callable { a -> textMethod(value, name, a) } else unknown(value, name, OTHER_TEXT_METHODS)
+
         is Map<*, *> -> when (name) {
             "items" -> Callable { pairs(value) }
             "keys" -> Callable { value.keys.toList() }
@@ -170,23 +193,78 @@ internal fun method(value: Any?, name: String): Callable? =
             "get" -> Callable { a -> a.needed(0, "key").let { if (value.containsKey(it)) value[it] else a[1, "default"] } }
             else -> unknown(value, name, OTHER_DICT_METHODS)
         }
+
         is List<*> -> when (name) {
-            "index" -> Callable { a -> value.indexOfFirst { areEqual(it, a.needed(0, "value")) }.toLong().also { if (it < 0) throw Refused("it is not in list") } }
+            "index" -> Callable { a ->
+                value.indexOfFirst { areEqual(it, a.needed(0, "value")) }.toLong().also {
+                    if (it <
+                        0
+                    ) {
+                        throw Refused("it is not in list")
+                    }
+                }
+            }
+
             "count" -> Callable { a -> value.count { areEqual(it, a.needed(0, "value")) }.toLong() }
+
             else -> unknown(value, name, OTHER_LIST_METHODS)
         }
+
         is Safe -> throw Refused("methods of a text that was marked safe are not known here")
+
         else -> null
     }
 
 private val TEXT_METHODS = setOf(
-    "strip", "lstrip", "rstrip", "split", "rsplit", "splitlines", "upper", "lower", "title", "capitalize", "startswith", "endswith",
-    "replace", "find", "rfind", "index", "count", "join", "removeprefix", "removesuffix", "isspace", "isdigit",
+    "strip",
+    "lstrip",
+    "rstrip",
+    "split",
+    "rsplit",
+    "splitlines",
+    "upper",
+    "lower",
+    "title",
+    "capitalize",
+    "startswith",
+    "endswith",
+    "replace",
+    "find",
+    "rfind",
+    "index",
+    "count",
+    "join",
+    "removeprefix",
+    "removesuffix",
+    "isspace",
+    "isdigit",
 )
 private val OTHER_TEXT_METHODS = setOf(
-    "casefold", "center", "encode", "expandtabs", "format", "format_map", "isalnum", "isalpha", "isascii", "isdecimal", "isidentifier",
-    "islower", "isnumeric", "isprintable", "istitle", "isupper", "ljust", "maketrans", "partition", "rindex", "rjust", "rpartition",
-    "swapcase", "translate", "zfill",
+    "casefold",
+    "center",
+    "encode",
+    "expandtabs",
+    "format",
+    "format_map",
+    "isalnum",
+    "isalpha",
+    "isascii",
+    "isdecimal",
+    "isidentifier",
+    "islower",
+    "isnumeric",
+    "isprintable",
+    "istitle",
+    "isupper",
+    "ljust",
+    "maketrans",
+    "partition",
+    "rindex",
+    "rjust",
+    "rpartition",
+    "swapcase",
+    "translate",
+    "zfill",
 )
 private val OTHER_DICT_METHODS = setOf("clear", "copy", "fromkeys", "pop", "popitem", "setdefault", "update")
 private val OTHER_LIST_METHODS = setOf("append", "clear", "copy", "extend", "insert", "pop", "remove", "reverse", "sort")
@@ -243,7 +321,15 @@ private fun stripped(text: String, characters: Any?, start: Boolean, end: Boolea
 }
 
 private fun split(text: String, separator: Any?, most: Any?, fromRight: Boolean): List<String> {
-    val limit = (number(most) as? Long ?: throw Refused("maxsplit is a whole number")).let { if (it < 0) Int.MAX_VALUE else it.coerceAtMost(Int.MAX_VALUE - 1L).toInt() }
+    val limit = (number(most) as? Long ?: throw Refused("maxsplit is a whole number")).let {
+        if (it <
+            0
+        ) {
+            Int.MAX_VALUE
+        } else {
+            it.coerceAtMost(Int.MAX_VALUE - 1L).toInt()
+        }
+    }
     if (separator == null) {
         if (limit != Int.MAX_VALUE) throw Refused("maxsplit without a separator is not known here")
         return text.split(Regex("[" + SPACES + "]+")).filter { it.isNotEmpty() }
@@ -281,7 +367,13 @@ private fun lines(text: String, keepEnds: Boolean): List<String> {
 }
 
 private fun indented(text: String, width: Any?, first: Boolean, blank: Boolean): String {
-    val by = if (width is String) width else " ".repeat((number(width) as? Long ?: throw Refused("a width is a whole number")).coerceIn(0, 1000).toInt())
+    val by = if (width is String) {
+        width
+    } else {
+        " ".repeat(
+            (number(width) as? Long ?: throw Refused("a width is a whole number")).coerceIn(0, 1000).toInt(),
+        )
+    }
     val lines = lines("$text\n", keepEnds = false)
     val rest = lines.drop(1).joinToString("") { "\n" + if (blank || it.isNotEmpty()) by + it else it }
     return (if (first) by else "") + lines[0] + rest

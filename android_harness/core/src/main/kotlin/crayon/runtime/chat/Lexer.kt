@@ -44,7 +44,10 @@ internal class Lexer(template: String) {
                 break
             }
             val text = source.substring(at, tag.range.first)
-            val sign = tag.groupValues.drop(1).firstOrNull { it.isNotEmpty() }.orEmpty()
+            val sign = tag.groupValues
+                .drop(1)
+                .firstOrNull { it.isNotEmpty() }
+                .orEmpty()
             data(stripped(text, sign, isBlock = !tag.value.startsWith("{{")))
             at = tag.range.first
             when (tag.value.take(2)) {
@@ -200,6 +203,14 @@ internal class Lexer(template: String) {
 
 private val ESCAPES =
     mapOf(
-        '\\' to '\\', '\'' to '\'', '"' to '"', 'n' to '\n', 'r' to '\r', 't' to '\t',
-        'b' to '\b', 'f' to '\u000c', 'v' to '\u000b', 'a' to '\u0007',
+        '\\' to '\\',
+        '\'' to '\'',
+        '"' to '"',
+        'n' to '\n',
+        'r' to '\r',
+        't' to '\t',
+        'b' to '\b',
+        'f' to '\u000c',
+        'v' to '\u000b',
+        'a' to '\u0007',
     )

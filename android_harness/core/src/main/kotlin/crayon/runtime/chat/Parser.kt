@@ -56,13 +56,21 @@ internal class Parser(source: String) {
     private fun statement(): Statement? {
         val name = name()
         return when (name) {
-            "if" -> parseIf()
+            "if" -> {
+                parseIf()
+            }
 
-            "for" -> parseFor()
+            "for" -> {
+                parseFor()
+            }
 
-            "set" -> parseSet()
+            "set" -> {
+                parseSet()
+            }
 
-            "macro" -> parseMacro()
+            "macro" -> {
+                parseMacro()
+            }
 
             "break", "continue" -> {
                 if (loops == 0) throw fail("'$name' is outside of any loop")
@@ -92,7 +100,9 @@ internal class Parser(source: String) {
             expect(Kind.BLOCK_END)
             branches += condition to body("elif", "else", "endif")
             when (name()) {
-                "elif" -> continue
+                "elif" -> {
+                    continue
+                }
 
                 "else" -> {
                     expect(Kind.BLOCK_END)
@@ -315,7 +325,9 @@ internal class Parser(source: String) {
     private fun primary(): Expression {
         val token = tokens[next++]
         return when {
-            token.kind == Kind.NAME -> if (token.text in CONSTANTS) Constant(CONSTANTS[token.text]) else Name(token.text)
+            token.kind == Kind.NAME -> {
+                if (token.text in CONSTANTS) Constant(CONSTANTS[token.text]) else Name(token.text)
+            }
 
             token.kind == Kind.STRING -> {
                 val text = StringBuilder(token.text)
@@ -323,9 +335,13 @@ internal class Parser(source: String) {
                 Constant(text.toString())
             }
 
-            token.kind == Kind.INTEGER -> Constant(token.text.toLongOrNull() ?: throw fail("${token.text} is too large"))
+            token.kind == Kind.INTEGER -> {
+                Constant(token.text.toLongOrNull() ?: throw fail("${token.text} is too large"))
+            }
 
-            token.kind == Kind.FLOAT -> Constant(token.text.toDouble())
+            token.kind == Kind.FLOAT -> {
+                Constant(token.text.toDouble())
+            }
 
             token.isOperator("(") -> {
                 if (current.isOperator(")")) {
@@ -336,15 +352,19 @@ internal class Parser(source: String) {
                 }
             }
 
-            token.isOperator("[") -> ListOf(items("]") { expression() }, isTuple = false)
+            token.isOperator("[") -> {
+                ListOf(items("]") { expression() }, isTuple = false)
+            }
 
-            token.isOperator("{") -> DictOf(
-                items("}") {
-                    val key = expression()
-                    operator(":")
-                    key to expression()
-                },
-            )
+            token.isOperator("{") -> {
+                DictOf(
+                    items("}") {
+                        val key = expression()
+                        operator(":")
+                        key to expression()
+                    },
+                )
+            }
 
             else -> {
                 next--
@@ -382,9 +402,13 @@ internal class Parser(source: String) {
                     subscript(result)
                 }
 
-                current.isOperator("(") -> Call(result, arguments())
+                current.isOperator("(") -> {
+                    Call(result, arguments())
+                }
 
-                else -> return result
+                else -> {
+                    return result
+                }
             }
         }
     }
@@ -428,12 +452,30 @@ internal class Parser(source: String) {
         val name = name()
         if (name !in TESTS) throw fail("the test '$name' is not known here")
         val arguments = when {
-            current.isOperator("(") -> arguments()
+            current.isOperator("(") -> {
+                arguments()
+            }
 
-            current.kind in listOf(Kind.NAME, Kind.STRING, Kind.INTEGER, Kind.FLOAT) || current.isOperator("[", "{") ->
-                if (current.isName("else", "or", "and", "if", "is", "not", "in")) CallArguments() else CallArguments(listOf(postfix(primary())))
+            current.kind in listOf(Kind.NAME, Kind.STRING, Kind.INTEGER, Kind.FLOAT) || current.isOperator("[", "{") -> {
+                if (current.isName(
+                        "else",
+                        "or",
+                        "and",
+                        "if",
+                        "is",
+                        "not",
+                        "in",
+                    )
+                ) {
+                    CallArguments()
+                } else {
+                    CallArguments(listOf(postfix(primary())))
+                }
+            }
 
-            else -> CallArguments()
+            else -> {
+                CallArguments()
+            }
         }
         return Tested(of, name, arguments, negated)
     }

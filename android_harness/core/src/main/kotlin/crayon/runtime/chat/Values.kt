@@ -40,7 +40,13 @@ internal class Arguments(private val positional: List<Any?>, private val named: 
     /** An argument by its place or its name; `default` if it was not given. */
     operator fun get(index: Int, name: String, default: Any? = null): Any? {
         taken += name
-        return if (index in positional.indices) positional[index] else if (name in named) named[name] else default
+        return if (index in positional.indices) {
+            positional[index]
+        } else if (name in named) {
+            named[name]
+        } else {
+            default
+        }
     }
 
     fun needed(index: Int, name: String): Any? {
@@ -241,15 +247,42 @@ internal class JsonWriter(
 
     private fun append(value: Any?, line: String) {
         when (value) {
-            null -> out.append("null")
-            is Boolean -> out.append(value)
-            is Long -> out.append(value)
-            is Double -> out.append(
-                if (value.isNaN()) "NaN" else if (value.isInfinite()) (if (value > 0) "Infinity" else "-Infinity") else floatText(value),
-            )
-            is String -> string(value)
-            is Safe -> string(value.text)
-            is List<*> -> several(value, '[', ']', line) { item, inner -> append(item, inner) }
+            null -> {
+                out.append("null")
+            }
+
+            is Boolean -> {
+                out.append(value)
+            }
+
+            is Long -> {
+                out.append(value)
+            }
+
+            is Double -> {
+                out.append(
+                    if (value.isNaN()) {
+                        "NaN"
+                    } else if (value.isInfinite()) {
+                        (if (value > 0) "Infinity" else "-Infinity")
+                    } else {
+                        floatText(value)
+                    },
+                )
+            }
+
+            is String -> {
+                string(value)
+            }
+
+            is Safe -> {
+                string(value.text)
+            }
+
+            is List<*> -> {
+                several(value, '[', ']', line) { item, inner -> append(item, inner) }
+            }
+
             is Map<*, *> -> {
                 val entries = if (sorted) value.entries.sortedWith { a, b -> compare(a.key, b.key) } else value.entries.toList()
                 several(entries, '{', '}', line) { (key, item), inner ->
@@ -258,7 +291,10 @@ internal class JsonWriter(
                     append(item, inner)
                 }
             }
-            else -> throw Refused("Object of type ${typeName(value)} is not JSON serializable")
+
+            else -> {
+                throw Refused("Object of type ${typeName(value)} is not JSON serializable")
+            }
         }
     }
 
