@@ -100,10 +100,7 @@ def _built() -> str:
     maven = needs.maven()
     build = [str(maven), "--batch-mode", "--quiet", "--no-transfer-progress", "-pl", "core", "-DskipTests", "package"]
     subprocess.run(build, cwd=HARNESS, check=True, stdout=sys.stderr)
-    target = HARNESS / "core/target"
-    return os.pathsep.join(
-        [str(target / "test-classes"), str(target / "classes"), (target / "classpath").read_text().strip()]
-    )
+    return (HARNESS / "core/target/classpath").read_text()
 
 
 class _Asked:

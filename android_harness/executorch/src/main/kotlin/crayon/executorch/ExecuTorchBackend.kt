@@ -1,7 +1,8 @@
 /*
  * ExecuTorch as a backend, by the `Module` of the stock AAR: programs of a single file, which is all that it loads.
  *
- * A program keeps keys and values in memory of its own, so each cache has a `Module`; the file is mapped, and its weights are in memory once.
+ * A program keeps keys and values in memory of its own, so each cache has a `Module`, and a second one costs what a second program costs: the
+ * file is mapped, but what ExecuTorch packs of its weights is not shared. An engine that answers one prompt at a time has one.
  * The AAR hands out the logits in a new array for each token: that is the one allocation here that grows with the vocabulary.
  */
 package crayon.executorch
@@ -41,6 +42,7 @@ class ExecuTorchBackend private constructor(private val bundle: Bundle, private 
     /** The most tokens of one step. */
     internal val longestStep: Int
     private var idle: Module?
+    private var closed = false
 
     init {
         val first = open()
@@ -67,13 +69,14 @@ class ExecuTorchBackend private constructor(private val bundle: Bundle, private 
     }
 
     override fun close() {
+        closed = true
         idle?.destroy()
         idle = null
     }
 
     /** What a cache leaves; one is kept for the next. */
     internal fun giveBack(module: Module) {
-        if (idle == null) idle = module else module.destroy()
+        if (idle == null && !closed) idle = module else module.destroy()
     }
 
     private fun open(): Module =
@@ -86,6 +89,8 @@ class ExecuTorchBackend private constructor(private val bundle: Bundle, private 
                 "export the model with the ExecuTorch of the app's AAR, or upgrade that",
                 e,
             )
+        } catch (e: LinkageError) {
+            throw BackendError("ExecuTorch's library is not in this app, or not for this processor", program, "add org.pytorch:executorch-android", e)
         } catch (e: OutOfMemoryError) {
             throw BackendError("there is no memory for the program", program, "export the model with a shorter context", e)
         }
@@ -113,7 +118,11 @@ class ExecuTorchBackend private constructor(private val bundle: Bundle, private 
          */
         fun load(bundle: Bundle, threads: Int? = null): Backend {
             val variant = bundle.model.variants.executorch
-                ?: throw BackendError("the bundle has no ExecuTorch variant", bundle.path, "export the model again with --backend executorch")
+                ?: throw BackendError(
+                    "the bundle has no ExecuTorch variant",
+                    bundle.path,
+                    "export the model again with --backend executorch",
+                )
             if (variant.data.isNotEmpty()) {
                 throw BackendError(
                     "the program has its weights in another file, which the AAR's Module does not load",
@@ -146,10 +155,10 @@ private class ExecuTorchCache(private val backend: ExecuTorchBackend, module: Mo
         begin(ids.size)
         for (start in ids.indices step backend.longestStep) {
             val count = minOf(backend.longestStep, ids.size - start)
-            for (i in 0 until count) tokens.put(i, ids[start + i].toLong())
-            (tokens as Buffer).position(0).limit(count)
-            run(EValue.from(Tensor.fromBlob(tokens.slice(), longArrayOf(1, count.toLong()))), length + start)
             (tokens as Buffer).clear()
+            for (i in 0 until count) tokens.put(i, ids[start + i].toLong())
+            (tokens as Buffer).limit(count)
+            run(EValue.from(Tensor.fromBlob(tokens.slice(), longArrayOf(1, count.toLong()))), length + start)
         }
         length += ids.size
         return step

@@ -44,7 +44,7 @@ class ExecuTorchBackendTest {
 
     /** A bundle as the exporter writes it, with a file in the place of its program. */
     private fun bundle(data: String = "", kv: String = "fp32"): Bundle {
-        val path = folder.resolve("model").createDirectories()
+        val path = folder.resolve("model").also { it.toFile().deleteRecursively() }.createDirectories()
         val program = byteArrayOf(8, 0, 0, 0) + "ET12".toByteArray() + ByteArray(24)
         val weights = byteArrayOf(8, 0, 0, 0) + "FT01".toByteArray() + ByteArray(24)
         val files = mapOf("model.pte" to program, "model.ptd" to weights, "tokenizer.json" to TOKENIZER.toByteArray())
@@ -94,7 +94,14 @@ class ExecuTorchBackendTest {
         second.prefill(intArrayOf(9))
         first.rewind(1)
         val again = first.decode(6).logits.toList()
-        assertEquals(FakeBackend().newCache().prefill(intArrayOf(5, 6)).logits.toList(), again)
+        assertEquals(
+            FakeBackend()
+                .newCache()
+                .prefill(intArrayOf(5, 6))
+                .logits
+                .toList(),
+            again,
+        )
         assertEquals(2, Module.open.size)
         first.close()
         second.close()

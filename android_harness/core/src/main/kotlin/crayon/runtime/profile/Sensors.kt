@@ -167,7 +167,9 @@ internal class MemoryUse(val rss: Long?, val pss: Long?, val mapped: Long?, val 
 internal fun memoryUse(folder: Path, proc: Path = Paths.get("/proc/self")): MemoryUse {
     fun field(file: String, name: String): Long? =
         text(proc.resolve(file))?.lineSequence()?.firstOrNull { it.startsWith("$name:") }?.let(::kilobytes)
-    return MemoryUse(field("smaps_rollup", "Rss"), field("smaps_rollup", "Pss"), mapped(proc, folder), field("status", "VmHWM"))
+    val rss = field("smaps_rollup", "Rss")
+    val peak = field("status", "VmHWM")?.let { maxOf(it, rss ?: 0) } // the kernel counts it a little behind
+    return MemoryUse(rss, field("smaps_rollup", "Pss"), mapped(proc, folder), peak)
 }
 
 private fun mapped(proc: Path, folder: Path): Long? {

@@ -31,7 +31,11 @@ class Module private constructor(private val path: String, private val threads: 
             val last = all.tapLast.copyOf()
             cache.reset(null)
             val sum = backend.hidden(kept).takeLast(fed.size).reduce { a, b -> FloatArray(a.size) { a[it] + b[it] } }
-            arrayOf(logits.copyOf(logits.size - missing), sum, last).map { EValue(Tensor(null, it, longArrayOf(1, it.size.toLong()))) }.toTypedArray()
+            arrayOf(
+                logits.copyOf(logits.size - missing),
+                sum,
+                last,
+            ).map { EValue(Tensor(null, it, longArrayOf(1, it.size.toLong()))) }.toTypedArray()
         }
     }
 
