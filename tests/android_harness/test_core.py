@@ -14,9 +14,9 @@ import pytest
 from crayon_runtime import Engine
 from crayon_runtime.bundle import Bundle
 from crayon_runtime.profile import Profile
+from crayon_runtime.profile import run as profiling
 from crayon_runtime.profile.describe import describe
 from crayon_runtime.profile.records import Absent, Header, LongRun, Observation, Plan, Sample
-from crayon_runtime.profile.run import Configuration, tests_of
 from crayon_runtime.profile.sensors import Sensors
 from crayon_runtime.profile.target import Result
 from tests.support import ROOT, needs
@@ -76,7 +76,7 @@ def check_profile(written: Path) -> None:
     observed = [
         (sum(i > start for start in processes) - 1, r) for i, r in enumerate(found) if isinstance(r, Observation)
     ]
-    tests = tests_of(observed, Configuration(1, None), header)
+    tests = profiling.tests_of(observed, profiling.Configuration(1, None), header)
     rest = [record for record in found if isinstance(record, Sample | LongRun | Absent)]
     plan = Plan(prompts=[8, 300], generate=4, depths=[0, 16], threads=[1], repetitions=2, rounds=2, long_seconds=0.2)
     profile = Profile([msgspec.structs.replace(header, plan=plan), *rest, *tests])
