@@ -90,7 +90,12 @@ class ExecuTorchBackend private constructor(private val bundle: Bundle, private 
                 e,
             )
         } catch (e: LinkageError) {
-            throw BackendError("ExecuTorch's library is not in this app, or not for this processor", program, "add org.pytorch:executorch-android", e)
+            throw BackendError(
+                "ExecuTorch's library is not in this app, or not for this processor",
+                program,
+                "add org.pytorch:executorch-android",
+                e,
+            )
         } catch (e: OutOfMemoryError) {
             throw BackendError("there is no memory for the program", program, "export the model with a shorter context", e)
         }
