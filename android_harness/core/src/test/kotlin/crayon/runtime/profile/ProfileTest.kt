@@ -97,11 +97,12 @@ class ProfileTest {
         val bad = """{"bundle":"x","backend":"onnx","adapter":null,"threads":1,"cpus":null,"process":0,"work":{"work":"measure","prompts":[0],"depths":[],
             "generate":1,"rounds":1,"more":false}}"""
         assertFailsWith<InvalidInput> { readJob(bad.toByteArray()) }
-        assertFailsWith<BackendError> { records(job(Work.Describe).copy(backend = "executorch")) }
+        val nano = job(Work.Describe)
+        assertFailsWith<BackendError> { records(nano.copy(backend = "executorch")) }
         val error = assertFailsWith<CrayonError> { records(job(Work.Describe, bundle = folder.resolve("nothing"))) }
         assertIs<BundleError>(error)
         assertContains(failure(error).toJson(), """"type":"failure","error":"BundleError"""")
-        assertFailsWith<BundleError> { records(job(Work.Describe, adapter = "carol")) }
+        assertFailsWith<BundleError> { records(nano.copy(adapter = "carol")) }
     }
 
     @Test
