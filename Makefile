@@ -69,8 +69,8 @@ format: $(READY)
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-bench: $(READY) $(NATIVE) $(PEERS)
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(READY) $(NATIVE) $(PEERS) $(ORT)
+	CRAYON_ORT_OLDEST='$(CURDIR)/$(ORT)' $(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

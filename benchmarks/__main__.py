@@ -35,6 +35,7 @@ NAMES = (
     "native",
     "mobilellm",
     "profile",
+    "kotlin",
 )
 
 

@@ -24,6 +24,9 @@ android {
         targetCompatibility = JavaVersion.VERSION_17
     }
 
+    // It is no module of its own here: an AAR's classes are for Android modules only.
+    sourceSets.getByName("main").kotlin.srcDir("../executorch/src/main/kotlin")
+
     packaging {
         jniLibs {
             // Libraries are mapped from the APK, where this plugin aligns them to pages of 16 KB.
@@ -43,4 +46,5 @@ dependencies {
     implementation(project(":core"))
     implementation(libs.coroutines.android)
     implementation(libs.onnxruntime.android)
+    implementation(libs.executorch.android)
 }

@@ -30,7 +30,8 @@ from crayon_runtime.routing.signals import SIGNALS, Reference, States, signals
 from crayon_runtime.sampling import Sampler, SamplingOptions
 from crayon_runtime.signing import KeyStore, sign
 from crayon_runtime.tokenizer import Tokenizer
-from tests.export.models import tiny_adapter, tiny_tokenizer
+from tests.android_harness.templates import chats, tokenized
+from tests.export.models import tiny_adapter, tiny_llama, tiny_tokenizer
 from tests.runtime import bundles, pools, tiny
 from tests.runtime.routing import hybrid
 from tests.support import ROOT
@@ -82,11 +83,14 @@ def write(out: Path, stories: Path | None) -> Path:
     if stories is not None:
         models["stories"] = _exported(stories, out / "stories", kv_dtype="fp16", quantize="int8")
     _other_forms(out, models["nano"])
+    _sized(out)
     expected = {
         "tokenizers": [*_tokenizers(out, models), *_made_tokenizers(out / "tokenizers")],
         "models": [_model(name, bundle) for name, bundle in models.items()],
         "sampling": list(_sampling()),
         "fake": _fake(),
+        "chats": list(chats()),
+        "chat_ids": [_chat_ids(name, library(), out) for name, library in CHATTING.items()],
         "alpha": list(_alphas()),
         "routing": list(_routing()),
     }
@@ -152,6 +156,13 @@ def _other_forms(out: Path, nano: Bundle) -> None:
     bundles.write_adapter(out / "foreign")
     bundles.write_model(out / "fields")
     bundles.edit_manifest(out / "fields", lambda m: m.update(new_field={"a": 1}, schema_version="1.9"))
+
+
+def _sized(out: Path) -> None:
+    """One model with two vocabularies and two contexts, for what grows with them."""
+    for name, vocabulary, context in (("small", 320, 128), ("wide", 20_000, 128), ("long", 320, 1024)):
+        model = tiny_tokenizer(tiny_llama(out / f"{name}-model", vocab_size=vocabulary, max_position_embeddings=1024))
+        export(model, out / name, context_length=context)
 
 
 def _tokenizers(out: Path, models: dict[str, Bundle]) -> Iterator[dict[str, Any]]:
@@ -298,6 +309,15 @@ def _logits(engine: Engine, prompt: str, adapter: Any) -> list[float]:
         return logits
     finally:
         cache.close()
+
+
+CHATTING = {"chat-fallback": tiny.byte_fallback_library, "chat-bytes": tiny.byte_level_library}
+
+
+def _chat_ids(name: str, library: Any, out: Path) -> dict[str, Any]:
+    path = out / f"{name}.json"
+    library.save(str(path))
+    return {"file": path.name} | tokenized(tiny.tokenizer(library, chat_template=tiny.CHATML))
 
 
 def _sampling() -> Iterator[dict[str, Any]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from crayon_runtime.signing import KeyStore, TrustedKeys
 from tests.android_harness import calls, expected
 from tests.runtime import bundles, pools
 from tests.runtime.routing import upstreams
-from tests.runtime.services import POOL, POST, PROJECTION, Service, answers, cut_at, real
+from tests.runtime.services import POOL, POST, PROJECTION, Fault, Handler, Listening, Service, answers, cut_at, real
 
 EXAMPLES = [
     ("remind me to water the plants at 7:30\n", 'reminder.set(text="water the plants", time="7:30")'),
@@ -40,6 +42,7 @@ def serving(fixtures: Path) -> Iterator[None]:
             urls[name] = stack.enter_context(service).url
         for name, upstream in _upstreams().items():
             urls[name] = stack.enter_context(upstream).url
+        urls["files"] = stack.enter_context(Files(fixtures)).url
         with (
             Engine.load(fixtures / "nano", backend="onnx") as engine,
             PoolClient(urls["real"], trusted=TrustedKeys.read(fixtures / "keys.json")) as client,
@@ -48,6 +51,74 @@ def serving(fixtures: Path) -> Iterator[None]:
         examples = [{"prompt": prompt, "completion": completion} for prompt, completion in EXAMPLES]
         (fixtures / "servers.json").write_text(json.dumps({"urls": urls, "examples": examples, "alpha": body["alpha"]}))
         yield
+
+
+class Files(Listening):
+    """Serves `/KIND/ANYTHING/NAME`, a file of the fixtures, and `/asked/KIND/ANYTHING/NAME`, the ranges that it was asked for.
+
+    What it does depends on the kind, and on how often it was asked for this very path.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        self._ranges: dict[str, list[str | None]] = defaultdict(list)
+
+    def answer(self, to: Handler) -> None:
+        path = to.path.partition("?")[0]
+        if path.startswith("/asked/"):
+            to.reply(200, json.dumps(self._ranges[path.removeprefix("/asked")]).encode())
+            return
+        _, kind, _, name = path.split("/")
+        self._ranges[path].append(to.headers.get("range"))
+        steps = self._kinds((self._folder / name).read_bytes())[kind]
+        steps[min(len(self._ranges[path]), len(steps)) - 1](to)
+
+    def _kinds(self, whole: bytes) -> dict[str, list[Fault]]:
+        """What answers the first request, the second, and so on; the last one answers all others too."""
+        half, size = len(whole) // 2, len(whole)
+
+        def part(to: Handler) -> None:
+            self._part(to, whole, '"the file"')
+
+        def cut(to: Handler) -> None:
+            self._cut(to, whole, half, tagged=True)
+
+        misplaced = answers(206, whole[7:], ETag='"the file"', Content_Range=f"bytes 7-{size - 1}/{size}")
+        return {
+            "plain": [part],
+            "missing": [answers(404)],
+            "wrong": [answers(200, bytes(size), ETag='"wrong"')],
+            "short": [answers(200, whole[:half], ETag='"short"')],
+            "long": [lambda to: self._cut(to, whole, size, tagged=False, more=1000)],
+            "cut": [cut, part],
+            "stops": [cut, answers(503, Retry_After=3600), part],
+            "changed": [cut, answers(503, Retry_After=3600), lambda to: self._part(to, whole[::-1], '"another"')],
+            "rangeless": [cut, answers(200, whole, ETag='"the file"')],
+            "untagged": [lambda to: self._cut(to, whole, half, tagged=False), answers(200, whole)],
+            "misplaced": [cut, misplaced, part],
+            "slow": [lambda to: self._cut(to, whole, 100_000, tagged=True, pause=30)],
+        }
+
+    @staticmethod
+    def _cut(to: Handler, whole: bytes, length: int, *, tagged: bool, more: int = 0, pause: float = 0) -> None:
+        to.head(200, Content_Length=len(whole) + more, **({"ETag": '"the file"'} if tagged else {}))
+        to.wfile.write(whole[:length])
+        to.wfile.flush()
+        time.sleep(pause)
+        to.cut()
+
+    @staticmethod
+    def _part(to: Handler, whole: bytes, tag: str) -> None:
+        wanted = to.headers.get("range")
+        if wanted is None or to.headers.get("if-range") != tag:
+            to.reply(200, whole, ETag=tag)
+            return
+        start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+        if start >= len(whole):
+            to.reply(416, Content_Range=f"bytes */{len(whole)}")
+        else:
+            to.reply(206, whole[start:], ETag=tag, Content_Range=f"bytes {start}-{len(whole) - 1}/{len(whole)}")
 
 
 def _pool(fixtures: Path, out: Path, *, gain: float) -> Pool:

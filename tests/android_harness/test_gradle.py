@@ -22,15 +22,19 @@ def properties(pom: Path) -> dict[str, str]:
     return {child.tag.removeprefix(MAVEN): child.text or "" for child in found}
 
 
-@pytest.mark.parametrize("name", sorted(CATALOGUE["versions"].keys() - {"agp"}))
+@pytest.mark.parametrize("name", sorted(CATALOGUE["versions"].keys() - {"agp", "executorch"}))
 def test_a_version_is_that_of_the_tests(name: str) -> None:
     assert CATALOGUE["versions"][name] == properties(HARNESS / "pom.xml")[f"{name}.version"]
+
+
+def test_the_aar_runs_what_the_exporter_makes() -> None:
+    assert f"executorch=={CATALOGUE['versions']['executorch']}" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
 def test_the_app_is_built_for_the_androids_that_its_resources_are_checked_for() -> None:
     script = (HARNESS / "app/build.gradle.kts").read_text()
     said = dict(re.findall(r'(namespace|minSdk|targetSdk) = "?([\w.]+)"?', script))
-    checked = properties(HARNESS / "app/pom.xml")
+    checked = properties(HARNESS / "pom.xml") | properties(HARNESS / "app/pom.xml")
     assert said == {
         "namespace": checked["android.package"],
         "minSdk": checked["android.min-sdk"],

@@ -5,19 +5,16 @@ import android.content.Context
 import android.content.Intent
 import android.os.PowerManager
 import crayon.app.benchmark.Benchmark
-import crayon.app.benchmark.Measuring
-import crayon.app.benchmark.TokensPerSecond
+import crayon.app.benchmark.PhoneSensors
 import crayon.app.chat.Chat
 import crayon.app.chat.Conversation
 import crayon.app.chat.Prompting
 import crayon.app.customize.Customizing
-import crayon.app.model.HttpInstall
 import crayon.app.model.Importing
-import crayon.app.model.InstallFrom
 import crayon.app.model.Keys
 import crayon.app.model.Model
+import crayon.executorch.WITH_EXECUTORCH
 import crayon.runtime.backends.BackendLoader
-import crayon.runtime.backends.LOADERS
 import crayon.runtime.freeMemory
 import crayon.runtime.routing.SentLog
 import kotlinx.coroutines.CoroutineScope
@@ -30,19 +27,15 @@ import java.nio.file.Path
  * The parts of the app.
  *
  * @param loaders backends by the keys of a manifest's `variants`: an app adds its own here.
- * @param installFrom how a bundle comes from an address.
  * @param prompting how a conversation becomes a prompt.
- * @param measuring what a benchmark measures.
  * @param keys whose bundles are accepted.
  * @param freeMemory bytes that a model may take; null: nobody knows.
  * @param freeSpace bytes on the disk.
  */
 class Parts(
     context: Context,
-    loaders: Map<String, BackendLoader> = LOADERS,
-    installFrom: InstallFrom = HttpInstall,
-    prompting: Prompting = Prompting.LINE,
-    measuring: Measuring = TokensPerSecond(loaders),
+    loaders: Map<String, BackendLoader> = WITH_EXECUTORCH,
+    prompting: Prompting = Prompting.TEMPLATE,
     keys: Keys = Keys.of(context),
     freeMemory: () -> Long? = ::freeMemory,
     freeSpace: (Path) -> Long = { it.toFile().usableSpace },
@@ -56,12 +49,12 @@ class Parts(
     }
     val thermometer = Thermometer(checkNotNull(context.getSystemService(PowerManager::class.java)))
     val model: Model = Model(folder, keys, loaders, freeMemory) { engine -> customizing.restore(engine) }
-    val importing = Importing(context.contentResolver, folder, model, installFrom, freeSpace)
+    val importing = Importing(context.contentResolver, folder, model, freeSpace)
     val conversation = Conversation(folder.resolve("conversation.json"))
     val sent = SentLog(folder.resolve("sent.jsonl"))
     val chat = Chat(conversation, model, settings, thermometer, prompting, sent)
     val customizing: Customizing = Customizing(model, settings, keys, sent)
-    val benchmark = Benchmark(model, measuring) { context.getExternalFilesDir("benchmarks")?.toPath() }
+    val benchmark = Benchmark(model, loaders, PhoneSensors(context)) { context.getExternalFilesDir("benchmarks")?.toPath() }
 
     /** Once, when the process starts. */
     fun start() {

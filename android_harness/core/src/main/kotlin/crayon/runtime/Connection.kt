@@ -1,26 +1,61 @@
 /*
  * Fetching files over HTTP from a server that may be broken, slow or hostile.
  *
- * What is read is bounded by its caller, and every fetch has a deadline. Redirects are not followed, nothing is decompressed. A fetch that
- * fails in a way that another one may not is tried again, from its beginning.
+ * What is read is bounded by its caller, and every fetch has a deadline. Redirects are not followed, nothing is decompressed. Where a
+ * connection is cut, the rest is fetched, if the server says by its ETag that the file is still the same; otherwise all of it.
  */
 package crayon.runtime
 
+import kotlinx.coroutines.currentCoroutineContext
 import kotlinx.coroutines.delay
+import kotlinx.coroutines.ensureActive
 import kotlinx.serialization.json.JsonObject
+import java.io.ByteArrayOutputStream
 import java.io.IOException
-import java.io.OutputStream
 import java.net.HttpURLConnection
 import java.net.SocketTimeoutException
 import java.net.URL
+import kotlin.math.max
 import kotlin.math.min
 
-private const val RETRIES = 4
+private const val RETRIES = 4 // without getting any further
 private const val BACK_OFF_MS = 500L
 private const val LONGEST_WAIT_MS = 60_000L
 private const val CONNECT_MS = 10_000
 private const val LARGEST_ERROR = 4096
 private val TRANSIENT = setOf(408, 425, 429, 500, 502, 503, 504)
+private val NOT_ANY_MORE = setOf(404, 410, 412, 416) // said of the rest of a file
+private val RANGE = Regex("""bytes (?:(\d{1,18})-\d{1,18}|\*)/(?:(\d{1,18})|\*)""")
+
+/** Where a file goes that is fetched: it holds what came so far. */
+internal interface Destination {
+    val length: Long
+
+    /** The ETag of the file whose beginning it holds; null: that cannot be continued. */
+    val etag: String?
+
+    /** Forgets what came: from now on it holds the beginning of a file with this ETag. */
+    fun restart(etag: String?)
+
+    /** Appends the first `count` bytes of a buffer. */
+    fun write(buffer: ByteArray, count: Int)
+}
+
+/** A small file, in memory. */
+internal class InMemory : Destination {
+    private val stream = ByteArrayOutputStream()
+    val content: ByteArray get() = stream.toByteArray()
+    override val length get() = stream.size().toLong()
+    override var etag: String? = null
+        private set
+
+    override fun restart(etag: String?) {
+        stream.reset()
+        this.etag = etag
+    }
+
+    override fun write(buffer: ByteArray, count: Int) = stream.write(buffer, 0, count)
+}
 
 /**
  * To one server.
@@ -29,43 +64,110 @@ private val TRANSIENT = setOf(408, 425, 429, 500, 502, 503, 504)
  * @param timeoutMs without a byte, after which a connection counts as cut.
  * @param deadlineMs that one fetch may take in all, retries included.
  */
-internal class Connection(private val url: String, private val apiKey: String?, private val timeoutMs: Int, private val deadlineMs: Long) {
+internal class Connection(val url: String, private val apiKey: String?, private val timeoutMs: Int, private val deadlineMs: Long) {
     /** Of the bodies of requests, and of answers, retries included. */
     var sentBytes = 0L
         private set
     var receivedBytes = 0L
         private set
+    private var answered = false
 
     /**
      * Fetches one file.
      *
      * @param path relative to the server's address.
      * @param largest bytes; more is refused, whatever the server announces.
+     * @param into what it holds already is continued, if it says of what; it is whole only when the status is 200.
      * @param body JSON to post, which is the same however often it is posted; null: get.
-     * @param restart gives an empty stream to write to, for each attempt.
+     * @param onBytes called with the number of bytes that came since the last call, and with the length of the file, if that is known.
      * @return the status: 200 or 404.
      * @throws PoolChanged status 409.
      * @throws ServerError the server cannot be reached, refuses, or did not get to the end within the deadline.
      * @throws IntegrityError there is more than `largest`.
+     * @throws OutputError what came cannot be written.
      */
-    suspend fun fetch(path: String, largest: Long, body: ByteArray? = null, onBytes: (Int) -> Unit = {}, restart: () -> OutputStream): Int {
+    suspend fun fetch(
+        path: String,
+        largest: Long,
+        into: Destination,
+        body: ByteArray? = null,
+        onBytes: (Int, Long?) -> Unit = { _, _ -> },
+    ): Int {
+        val context = currentCoroutineContext()
         val end = System.nanoTime() + deadlineMs * 1_000_000
+        val transfer = Transfer(path, largest, into, body, end, onBytes) { context.ensureActive() }
         var tries = 0
+        var furthest = into.length
         while (true) {
             try {
-                return restart().use { attempt(path, largest, body, it, end, onBytes) }
+                return transfer.attempt()
             } catch (cut: Cut) {
-                val pause = cut.waitMs ?: (BACK_OFF_MS shl tries)
+                val further = transfer.start > 0 && into.length > furthest
+                furthest = max(furthest, into.length)
+                tries = if (further) 0 else tries + 1
+                val pause = cut.waitMs ?: (BACK_OFF_MS shl max(tries - 1, 0))
                 val left = (end - System.nanoTime()) / 1_000_000
-                if (tries++ == RETRIES || pause > min(LONGEST_WAIT_MS, left)) throw ServerError(cut.problem, url, cut.advice, cut)
+                if (tries > RETRIES || !answered || pause > min(LONGEST_WAIT_MS, left)) throw ServerError(cut.problem, url, cut.advice, cut)
                 delay(pause)
             }
         }
     }
 
-    private fun attempt(path: String, largest: Long, body: ByteArray?, out: OutputStream, end: Long, onBytes: (Int) -> Unit): Int {
-        val connection = URL("$url/$path").openConnection() as HttpURLConnection
-        try {
+    /** One file on its way, over as many requests as it takes. */
+    private inner class Transfer(
+        private val path: String,
+        private val largest: Long,
+        private val into: Destination,
+        private val body: ByteArray?,
+        private val end: Long,
+        private val onBytes: (Int, Long?) -> Unit,
+        private val checkActive: () -> Unit,
+    ) {
+        /** Where the same file can be got again. */
+        private var again: String? = path.takeIf { body == null }
+
+        /** What the next request leaves out, because it is there. */
+        val start: Long get() = if (again != null && into.etag != null) into.length else 0
+
+        /** Fetches what is missing; returns the status. */
+        fun attempt(): Int {
+            checkActive()
+            val from = start
+            val connection = URL(address(if (from > 0) again!! else path)).openConnection() as HttpURLConnection
+            try {
+                ask(connection, from)
+                val status = connection.responseCode
+                answered = true
+                if (from > 0 && status in NOT_ANY_MORE) {
+                    if (status == 416 && ends(connection) == from) return 200 // it was whole
+                    into.restart(null)
+                    throw Cut("the service does not have the rest of what it sent", "try again later")
+                }
+                if (status == 404 && body == null) return status
+                if (status == 206 && from > 0) {
+                    checkPart(connection, from)
+                } else if (status != 200) {
+                    throw refusal(connection, status)
+                }
+                if ((connection.contentEncoding ?: "identity") != "identity") throw ServerError("the service sends compressed data", url)
+                if (status == 200) {
+                    into.restart(connection.getHeaderField("ETag")?.takeIf { it.startsWith('"') })
+                    again = again ?: name(connection.getHeaderField("Content-Location").orEmpty())
+                }
+                read(connection)
+                return 200
+            } catch (e: SocketTimeoutException) {
+                throw Cut("the service did not answer for ${timeoutMs / 1000.0} s", "try again later", cause = e)
+            } catch (e: OutputFailed) {
+                throw OutputError(e.cause.said(), advice = "free some space", cause = e.cause)
+            } catch (e: IOException) {
+                throw Cut("the connection failed: ${plain(e.message ?: "$e")}", "check the address and the network", cause = e)
+            } finally {
+                connection.disconnect()
+            }
+        }
+
+        private fun ask(connection: HttpURLConnection, from: Long) {
             connection.connectTimeout = min(CONNECT_MS, timeoutMs)
             connection.readTimeout = timeoutMs
             connection.instanceFollowRedirects = false
@@ -73,52 +175,73 @@ internal class Connection(private val url: String, private val apiKey: String?, 
             connection.setRequestProperty("Accept-Encoding", "identity")
             connection.setRequestProperty("User-Agent", "crayon-edge-android")
             if (apiKey != null) connection.setRequestProperty("Authorization", "Bearer $apiKey")
-            if (body != null) {
+            if (from > 0) {
+                connection.setRequestProperty("Range", "bytes=$from-")
+                connection.setRequestProperty("If-Range", into.etag)
+            } else if (body != null) {
                 connection.doOutput = true
                 connection.setRequestProperty("Content-Type", "application/json")
                 sentBytes += body.size
                 connection.outputStream.use { it.write(body) }
             }
-            val status = connection.responseCode
-            if (status == 404 && body == null) return status
-            if (status != 200) throw refusal(connection, status)
-            if ((connection.contentEncoding ?: "identity") != "identity") throw ServerError("the service sends compressed data", url)
-            read(connection, path, largest, out, end, onBytes)
-            return status
-        } catch (e: SocketTimeoutException) {
-            throw Cut("the service did not answer for ${timeoutMs / 1000.0} s", "try again later", cause = e)
-        } catch (e: OutputFailed) {
-            throw OutputError("it cannot be written: ${e.cause?.message}", advice = "free some space", cause = e.cause)
-        } catch (e: IOException) {
-            throw Cut("the connection failed: ${plain(e.message ?: "$e")}", "check the address and the network", cause = e)
-        } finally {
-            connection.disconnect()
         }
+
+        private fun checkPart(connection: HttpURLConnection, from: Long) {
+            val etag = connection.getHeaderField("ETag")
+            val begins = RANGE.matchEntire(connection.getHeaderField("Content-Range").orEmpty())?.groupValues?.get(1)
+            if (begins == "$from" && (etag == null || etag == into.etag)) return
+            into.restart(null)
+            throw Cut("the service sends another part than it was asked for", "try again later")
+        }
+
+        private fun read(connection: HttpURLConnection) {
+            val announced = connection.getHeaderFieldLong("Content-Length", -1)
+            val total = if (announced >= 0) into.length + announced else null
+            if (total != null && (total > largest || total < announced)) throw tooLarge("$announced")
+            val buffer = ByteArray(1 shl 16)
+            connection.inputStream.use { stream ->
+                while (true) {
+                    checkActive()
+                    val count = stream.read(buffer)
+                    if (count < 0) break
+                    receivedBytes += count
+                    if (into.length + count > largest) throw tooLarge("more")
+                    if (System.nanoTime() > end) {
+                        throw Cut("the service did not get to the end in time", "try again when the network is better")
+                    }
+                    try {
+                        into.write(buffer, count)
+                    } catch (e: IOException) {
+                        throw OutputFailed(e)
+                    }
+                    onBytes(count, total)
+                }
+            }
+            if (total != null && into.length < total) throw Cut("the connection was cut", "try again later")
+        }
+
+        /** A Content-Location, which must be below the path that was posted to, as a path relative to the server's address. */
+        private fun name(location: String): String? =
+            Regex("(?:^|/)(${Regex.escape(path)}/[0-9A-Za-z_-]{1,128})$").find(location)?.groupValues?.get(1)
+
+        private fun tooLarge(announced: String) =
+            IntegrityError(
+                "the service sends $announced bytes; $largest are the most that this can be",
+                address(path).substringBefore('?'),
+                "do not use this service; it is broken or hostile",
+            )
     }
 
-    private fun read(connection: HttpURLConnection, path: String, largest: Long, out: OutputStream, end: Long, onBytes: (Int) -> Unit) {
-        val announced = connection.getHeaderFieldLong("Content-Length", -1)
-        if (announced > largest) throw tooLarge("$announced", path, largest)
-        val buffer = ByteArray(1 shl 16)
-        var done = 0L
-        connection.inputStream.use { stream ->
-            while (true) {
-                val count = stream.read(buffer)
-                if (count < 0) break
-                done += count
-                receivedBytes += count
-                if (done > largest) throw tooLarge("more", path, largest)
-                if (System.nanoTime() > end) throw Cut("the service did not get to the end in time", "try again when the network is better")
-                try {
-                    out.write(buffer, 0, count)
-                } catch (e: IOException) {
-                    throw OutputFailed(e)
-                }
-                onBytes(count)
-            }
-        }
-        if (announced >= 0 && done < announced) throw Cut("the connection was cut", "try again later")
-    }
+    /** Nothing, and a query, belong to the server's address itself. */
+    private fun address(path: String): String = if (path.isEmpty() || path.startsWith('?')) "$url$path" else "$url/$path"
+
+    /** The length of a file of which a part was asked for that it does not have. */
+    private fun ends(connection: HttpURLConnection): Long? =
+        RANGE
+            .matchEntire(connection.getHeaderField("Content-Range").orEmpty())
+            ?.groupValues
+            ?.get(2)
+            ?.toLongOrNull()
 
     private fun refusal(connection: HttpURLConnection, status: Int): Exception {
         val (what, advice) = said(connection, status)
@@ -158,16 +281,9 @@ internal class Connection(private val url: String, private val apiKey: String?, 
         val error = runCatching { (parseJson(page.copyOf(maxOf(count, 0))) as JsonObject)["error"] }.getOrNull()
         return (error.text("what")?.let { "${plain(it)} ($status)" } ?: "HTTP status $status") to error.text("do")?.let(::plain)
     }
-
-    private fun tooLarge(announced: String, path: String, largest: Long) =
-        IntegrityError(
-            "the service sends $announced bytes; $largest are the most that this can be",
-            "$url/$path",
-            "do not use this service; it is broken or hostile",
-        )
 }
 
 /** An attempt that failed in a way that another one may not. */
 private class Cut(val problem: String, val advice: String, val waitMs: Long? = null, cause: Throwable? = null) : Exception(problem, cause)
 
-private class OutputFailed(cause: IOException) : RuntimeException(cause)
+private class OutputFailed(override val cause: IOException) : RuntimeException(cause)

@@ -43,7 +43,7 @@ import kotlin.math.abs
 internal const val ADAPTER = "adapter"
 internal const val STATES = "examples.safetensors"
 internal const val ROUTING = "routing.json"
-private const val EXAMPLES = "examples.jsonl"
+internal const val EXAMPLES = "examples.jsonl"
 private const val STATE = "state.json"
 private const val KEYS = "keys.json"
 

@@ -241,7 +241,7 @@ class Engine(private val dispatcher: CoroutineDispatcher = Dispatchers.Default) 
     /** The same with an adapter bundle of its own. */
     fun setAdapter(bundle: Bundle) = setAdapter(findAdapter(bundle))
 
-    private fun setAdapter(adapter: Adapter?) = lock.withLock { model().adapter = adapter }
+    internal fun setAdapter(adapter: Adapter?) = lock.withLock { model().adapter = adapter }
 
     /** Reads an adapter bundle, to answer single requests with it. What was read stays in memory, to be found again at once. */
     fun findAdapter(bundle: Bundle): Adapter =

@@ -40,7 +40,7 @@ internal const val CHUNK = 1 shl 20
  */
 internal fun <T> atomicDirectory(target: Path, replace: Boolean = false, fill: (Path) -> T): T {
     val place = target.absolute().normalize()
-    if (!replace && place.exists(NOFOLLOW_LINKS)) throw exists(place)
+    if (!replace && place.exists(NOFOLLOW_LINKS)) throw targetExists(place)
     return partial(place) { folder ->
         Files.createDirectory(folder)
         val made = fill(folder)
@@ -146,7 +146,7 @@ private fun <T> partial(target: Path, fill: (Path) -> T): T {
             }
         }
     } catch (e: IOException) {
-        throw OutputError(reason(e), target, "free some space, or choose another path", e)
+        throw OutputError(e.said(), target, "free some space, or choose another path", e)
     }
 }
 
@@ -189,16 +189,17 @@ private fun sync(path: Path) {
     }
 }
 
-private fun exists(target: Path) =
+internal fun targetExists(target: Path) =
     OutputError("the target exists already", target, "choose another path, or replace it with replace = true")
 
-private fun reason(error: IOException): String {
-    val said = (error as? FileSystemException)?.reason ?: error.message ?: "$error"
+/** Why something could not be written. */
+internal fun IOException.said(): String {
+    val said = (this as? FileSystemException)?.reason ?: message ?: "$this"
     return when {
         "No space left" in said -> "the disk is full"
         "Disk quota" in said -> "the disk quota is used up"
         "Read-only" in said -> "the file system is read-only"
-        error is AccessDeniedException -> "writing is not permitted"
+        this is AccessDeniedException -> "writing is not permitted"
         else -> "it cannot be written: $said"
     }
 }

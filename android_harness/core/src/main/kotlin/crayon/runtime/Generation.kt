@@ -2,8 +2,10 @@
 package crayon.runtime
 
 import crayon.runtime.backends.Adapter
+import crayon.runtime.chat.Message
 import crayon.runtime.tokenizer.Tokenizer
 import kotlinx.coroutines.flow.Flow
+import kotlinx.serialization.json.JsonObject
 
 /** When the context is full. */
 enum class Overflow {
@@ -168,9 +170,12 @@ internal fun request(tokenizer: Tokenizer, vocabSize: Int, contextLength: Int, p
     return Request(ids, o, minOf(o.maxNewTokens, contextLength - ids.size), keep)
 }
 
-/** A prompt: text, or token ids, which are fed as they are. */
+/** A prompt: text, token ids, which are fed as they are, or a conversation, in the model's chat template. */
 sealed interface Prompt {
     data class Text(val text: String) : Prompt
+
+    /** @property tools to tell the model of, in OpenAI's form. */
+    data class Chat(val messages: List<Message>, val tools: List<JsonObject>? = null) : Prompt
 
     data class Tokens(val ids: List<Int>) : Prompt
 }
@@ -179,6 +184,7 @@ sealed interface Prompt {
 internal fun Prompt.ids(tokenizer: Tokenizer, vocabSize: Int, parseSpecial: Boolean = false): IntArray {
     val ids = when (this) {
         is Prompt.Text -> if (text.isEmpty()) emptyList() else tokenizer.encode(text, parseSpecial = parseSpecial)
+        is Prompt.Chat -> tokenizer.applyChatTemplate(messages, tools)
         is Prompt.Tokens -> ids
     }
     if (ids.isEmpty()) throw InvalidInput("the prompt is empty", "prompt", "to start from nothing, pass the id of the bos token")

@@ -33,6 +33,7 @@ data class Architecture(
     @SerialName("ffn_size") val ffnSize: Int,
     @SerialName("vocab_size") val vocabSize: Int,
     @SerialName("layer_repeats") val layerRepeats: Int = 1,
+    @SerialName("tied_embeddings") val tiedEmbeddings: Boolean = false,
 ) {
     /** Computations of a block for each token; each has a slot of the KV cache. */
     val passes: Int get() = layers * layerRepeats
@@ -48,6 +49,14 @@ data class Architecture(
             else -> null
         }
 }
+
+/** How the weights of the linear layers and of the embedding are stored. */
+@Serializable
+data class Quantization(
+    val weights: String,
+    @SerialName("group_size") val groupSize: Int,
+    val embedding: String,
+)
 
 /** The tokenizer of a model: its file, the ids of its control tokens, its chat template. */
 @Serializable
@@ -166,6 +175,7 @@ data class ModelManifest(
     val golden: GoldenFiles?,
     val adapters: List<String> = emptyList(),
     override val files: List<BundleFile>,
+    val quantization: Quantization? = null,
 ) : Manifest
 
 @Serializable

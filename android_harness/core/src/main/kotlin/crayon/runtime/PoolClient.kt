@@ -12,12 +12,13 @@ import crayon.runtime.bundle.install
 import crayon.runtime.bundle.readSignature
 import crayon.runtime.bundle.readSource
 import kotlinx.serialization.json.JsonObject
-import java.io.ByteArrayOutputStream
+import java.nio.channels.FileChannel
 import java.nio.file.Files
 import java.nio.file.Path
+import java.nio.file.StandardOpenOption.CREATE
+import java.nio.file.StandardOpenOption.WRITE
 import kotlin.io.path.deleteIfExists
 import kotlin.io.path.name
-import kotlin.io.path.outputStream
 
 private const val LARGEST_POOL = 16L shl 20
 private const val LARGEST_SIGNATURE = 4096L
@@ -92,7 +93,7 @@ class PoolClient(
         onSend(content)
         val archive = out.resolveSibling("${out.name}.crayon")
         try {
-            connection.fetch("v1/customizations", largest, content, onBytes) { archive.outputStream() }
+            toFile(archive) { connection.fetch("v1/customizations", largest, it, content) { count, _ -> onBytes(count) } }
             check(archive, pool, largest, most)
             return install(archive, out)
         } finally {
@@ -112,9 +113,9 @@ class PoolClient(
     }
 
     private suspend fun fetchSmall(path: String, largest: Long): ByteArray? {
-        var content = ByteArrayOutputStream()
-        val status = connection.fetch(path, largest) { ByteArrayOutputStream().also { content = it } }
-        return content.toByteArray().takeIf { status == 200 }
+        val content = InMemory()
+        val status = connection.fetch(path, largest, content)
+        return content.content.takeIf { status == 200 }
     }
 
     private suspend fun fetchProjection(pool: PoolManifest): Projection {
@@ -122,7 +123,7 @@ class PoolClient(
         if (wanted.size > LARGEST_PROJECTION) throw IntegrityError("its projection has ${wanted.size} bytes, which is too much", url)
         val path = Files.createTempFile("crayon-", ".safetensors")
         try {
-            connection.fetch("v1/pool/projection", wanted.size) { path.outputStream() }
+            toFile(path) { connection.fetch("v1/pool/projection", wanted.size, it) }
             if (sha256(path) != wanted.sha256) {
                 throw IntegrityError(
                     "its projection is not the one that its pool.json describes",
@@ -165,3 +166,20 @@ class PoolClient(
         return minOf(2.0 * largest * ranks, LARGEST_ADAPTER.toDouble()).toLong() + SLACK
     }
 }
+
+/** A file that is of no use to another process: it is to be removed when the fetch has failed. */
+private class OpenFile(private val channel: FileChannel) : Destination {
+    override val length: Long get() = channel.size()
+    override var etag: String? = null
+        private set
+
+    override fun restart(etag: String?) {
+        channel.truncate(0)
+        this.etag = etag
+    }
+
+    override fun write(buffer: ByteArray, count: Int) = channel.writeFully(buffer, count)
+}
+
+private suspend fun <T> toFile(path: Path, fetch: suspend (Destination) -> T): T =
+    FileChannel.open(path, CREATE, WRITE).use { fetch(OpenFile(it)) }

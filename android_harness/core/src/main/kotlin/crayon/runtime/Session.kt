@@ -33,7 +33,7 @@ class Session internal constructor(
     private var cache: Cache? = cache
     private val ids = IntArray(contextLength)
     private val sum = DoubleArray(tapSize)
-    private var checkpoints = emptyList<Checkpoint>()
+    private val checkpoints = ArrayList<Checkpoint>()
 
     /** Whether an answer is running in it. */
     @Volatile
@@ -57,15 +57,18 @@ class Session internal constructor(
     internal fun begin(ids: IntArray, adapter: Adapter?): Int =
         calling { cache ->
             val common = if (cache.adapter === adapter) commonPrefix(this.ids, length, ids) else 0
-            val usable = checkpoints.filter { it.length <= minOf(common, ids.size - 1) }
-            val last = usable.lastOrNull() ?: Checkpoint(0, DoubleArray(sum.size))
+            while (checkpoints.isNotEmpty() &&
+                checkpoints.last().length > minOf(common, ids.size - 1)
+            ) {
+                checkpoints.removeAt(checkpoints.lastIndex)
+            }
+            val last = checkpoints.lastOrNull() ?: Checkpoint(0, DoubleArray(sum.size))
             if (last.length == 0) {
                 cache.reset(adapter)
             } else if (last.length < length) {
                 cache.rewind(last.length)
             }
             length = last.length
-            checkpoints = usable
             last.tapSum.copyInto(sum)
             length
         }
@@ -96,7 +99,7 @@ class Session internal constructor(
 
     /** Makes the present length one to go back to. */
     internal fun checkpoint() {
-        if (length > (checkpoints.lastOrNull()?.length ?: 0)) checkpoints = checkpoints + Checkpoint(length, tapSum)
+        if (length > (checkpoints.lastOrNull()?.length ?: 0)) checkpoints += Checkpoint(length, tapSum)
     }
 
     /** Frees the cache. An answer that is still running in it ends with [EngineClosed]. */
@@ -133,7 +136,7 @@ class Session internal constructor(
 
     private fun forget() {
         length = 0
-        checkpoints = emptyList()
+        checkpoints.clear()
     }
 }
 

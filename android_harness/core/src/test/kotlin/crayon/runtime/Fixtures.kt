@@ -6,6 +6,7 @@ import kotlinx.serialization.SerialName
 import kotlinx.serialization.Serializable
 import kotlinx.serialization.json.Json
 import kotlinx.serialization.json.JsonElement
+import kotlinx.serialization.json.JsonObject
 import org.junit.jupiter.api.Assumptions.assumeTrue
 import java.nio.file.Files
 import java.nio.file.Path
@@ -33,6 +34,8 @@ internal class Expected(
     val models: List<ExpectedModel>,
     val sampling: List<ExpectedSampling>,
     val fake: ExpectedFake,
+    val chats: List<ExpectedTemplate>,
+    @SerialName("chat_ids") val chatIds: List<ExpectedChatIds>,
     val alpha: List<ExpectedAlpha>,
     val routing: List<ExpectedRouting>,
 )
@@ -101,6 +104,25 @@ internal class ExpectedFake(
     @SerialName("tap_sum") val tapSum: List<Float>,
     val hidden: List<List<Float>>,
 )
+
+@Serializable
+internal class ExpectedTemplate(val name: String, val template: String, val names: Map<String, String>, val cases: List<ExpectedChat>)
+
+/** @property text null: it is refused, and Python says `why`. */
+@Serializable
+internal class ExpectedChat(
+    val messages: List<JsonObject>,
+    val tools: List<JsonObject>?,
+    val prompt: Boolean,
+    val text: String?,
+    val why: String?,
+)
+
+@Serializable
+internal class ExpectedChatIds(val file: String, val info: TokenizerInfo, val chats: List<ExpectedChatTokens>)
+
+@Serializable
+internal class ExpectedChatTokens(val messages: List<JsonObject>, val ids: List<Int>)
 
 @Serializable
 internal class ExpectedAlpha(

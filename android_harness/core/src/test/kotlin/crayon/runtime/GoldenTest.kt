@@ -116,27 +116,4 @@ class GoldenTest {
         edit(bundle.file("golden.json")) { it.replace(Regex(""""logits": ?[0-9.e-]+"""), "\"logits\":1e-12") }
         OnnxBackend.load(bundle).use { backend -> assertContains(replay(bundle, backend).first().problem!!, "allowed are 1.0E-12") }
     }
-
-    @Test
-    fun `decoding allocates nothing that grows with vocabulary or context`() {
-        val bundle = Bundle.open(fixtures.resolve("nano"))
-        OnnxBackend.load(bundle, threads = 1).use { backend ->
-            backend.newCache().use { cache ->
-                cache.prefill(intArrayOf(1, 20, 30))
-                repeat(50) { cache.decode(40) }
-                val bean = java.lang.management.ManagementFactory
-                    .getThreadMXBean() as com.sun.management.ThreadMXBean
-                val id = Thread.currentThread().id
-                val before = bean.getThreadAllocatedBytes(id)
-                repeat(20) { cache.decode(40) }
-                val first = bean.getThreadAllocatedBytes(id) - before
-                repeat(60) { cache.decode(40) }
-                val middle = bean.getThreadAllocatedBytes(id)
-                repeat(20) { cache.decode(40) }
-                val later = bean.getThreadAllocatedBytes(id) - middle
-                println("allocated per token: ${first / 20} bytes, ${later / 20} bytes 80 tokens later")
-                assertTrue(later <= first * 11 / 10, "$first bytes, later $later")
-            }
-        }
-    }
 }

@@ -7,6 +7,12 @@ import crayon.app.said
 import crayon.runtime.CrayonError
 import crayon.runtime.InvalidInput
 import crayon.runtime.OutputError
+import crayon.runtime.backends.BackendLoader
+import crayon.runtime.profile.Job
+import crayon.runtime.profile.Sensors
+import crayon.runtime.profile.Work
+import crayon.runtime.profile.profile
+import crayon.runtime.profile.readJob
 import kotlinx.coroutines.CancellationException
 import kotlinx.coroutines.flow.MutableStateFlow
 import kotlinx.coroutines.flow.StateFlow
@@ -24,27 +30,36 @@ private val NAME = Regex("[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 data class Measured(val lines: List<String> = emptyList(), val problem: String? = null)
 
 /**
- * Runs benchmarks, and writes what they measure to a file in the app's external folder, where a computer fetches it.
+ * Does jobs of `crayon profile`, and writes their records to a file in the app's external folder, where a computer fetches it.
  *
  * @param folder null: the phone has no such folder now.
  */
-class Benchmark(private val model: Model, private val measuring: Measuring, private val folder: () -> Path?) {
+class Benchmark(
+    private val model: Model,
+    private val loaders: Map<String, BackendLoader>,
+    private val sensors: Sensors,
+    private val folder: () -> Path?,
+) {
     private val told = MutableStateFlow(Measured())
     val measured: StateFlow<Measured> = told.asStateFlow()
 
     /**
      * Measures.
      *
-     * @param job what to measure, as JSON.
+     * @param job what to measure, as JSON, its `bundle` aside; null: what there is, and prefill and decode.
      * @param name of the file, which appears when everything is in it. Where something went wrong, its last line is an `error`.
      * @param bundle relative to the app's external folder; null: the installed model.
      */
-    suspend fun run(job: String, name: String? = null, bundle: String? = null) {
+    suspend fun run(job: String? = null, name: String? = null, bundle: String? = null) {
         told.value = Measured()
         model.unload() // two models may not fit, and one must not disturb the other
         try {
-            val lines = measuring.lines(bundle?.let(::inside) ?: model.place, job)
-            lines.collect { line -> told.value = told.value.copy(lines = told.value.lines + line) }
+            val place = "${bundle?.let(::inside) ?: model.place}"
+            for (asked in job?.let { listOf(readJob(it.toByteArray())) } ?: STANDARD) {
+                profile(asked.copy(bundle = place), sensors, loaders) { record ->
+                    told.value = told.value.copy(lines = told.value.lines + record.toJson())
+                }
+            }
         } catch (e: CancellationException) {
             finish(name, InvalidInput("the benchmark was stopped"))
             throw e
@@ -98,6 +113,11 @@ class Benchmark(private val model: Model, private val measuring: Measuring, priv
         }
 
     companion object {
+        private val STANDARD = listOf(
+            Work.Describe,
+            Work.Measure(prompts = listOf(128), depths = listOf(0), generate = 64, rounds = 3, more = false),
+        ).map { Job("", "auto", adapter = null, threads = null, cpus = null, process = 0, work = it) }
+
         /** Of the lines in the system's log. */
         const val TAG = "crayon"
     }

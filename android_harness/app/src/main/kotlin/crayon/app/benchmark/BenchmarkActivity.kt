@@ -18,7 +18,7 @@ class BenchmarkActivity : Screen() {
         setTitle(R.string.benchmark)
         window.addFlags(WindowManager.LayoutParams.FLAG_KEEP_SCREEN_ON) // a phone that sleeps is slower
         val benchmark = parts.benchmark
-        view<Button>(R.id.start).setOnClickListener { begin(Kind.BENCHMARK) { benchmark.run("{}") } }
+        view<Button>(R.id.start).setOnClickListener { begin(Kind.BENCHMARK) { benchmark.run() } }
         view<Button>(R.id.stop).setOnClickListener { parts.work.cancel() }
         watch(benchmark.measured) { view<TextView>(R.id.lines).text = (it.lines + listOfNotNull(it.problem)).joinToString("\n\n") }
         watch(parts.work.running) { running ->

@@ -9,6 +9,7 @@ import crayon.app.said
 import crayon.runtime.InvalidInput
 import crayon.runtime.OutputError
 import crayon.runtime.bundle.install
+import crayon.runtime.installFrom
 import kotlinx.coroutines.CancellationException
 import kotlinx.coroutines.Dispatchers
 import kotlinx.coroutines.currentCoroutineContext
@@ -46,7 +47,6 @@ class Importing(
     private val documents: ContentResolver,
     private val folder: Path,
     private val model: Model,
-    private val installFrom: InstallFrom,
     private val freeSpace: (Path) -> Long,
 ) {
     private val importing = Mutex()
@@ -85,9 +85,9 @@ class Importing(
             }
         }
 
-    /** From an address. */
+    /** From an address. A download that was stopped or killed goes on with the next one. */
     suspend fun address(url: String, onProgress: OnProgress) =
-        telling { model.replace { check -> installFrom.install(url, model.place, onProgress, check) } }
+        telling { model.replace { check -> installFrom(url, model.place, replace = true, onProgress = onProgress, check = check) } }
 
     private suspend fun telling(work: suspend () -> Unit) {
         told.value = Imported.Nothing

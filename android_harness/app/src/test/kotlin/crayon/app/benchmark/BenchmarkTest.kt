@@ -13,6 +13,7 @@ import kotlinx.serialization.json.JsonObject
 import kotlinx.serialization.json.jsonArray
 import kotlinx.serialization.json.jsonObject
 import kotlinx.serialization.json.jsonPrimitive
+import kotlinx.serialization.json.long
 import org.junit.Test
 import org.robolectric.Robolectric
 import org.robolectric.shadows.ShadowLog
@@ -43,6 +44,15 @@ class BenchmarkTest : AppTest() {
         return results.resolve(name).readLines().map { Json.parseToJsonElement(it).jsonObject }
     }
 
+    private fun measure(vararg prompts: Int, rounds: Int = 2) =
+        """{"bundle": "", "backend": "auto", "adapter": null, "threads": null, "cpus": null, "process": 0, "work": {"work": "measure",
+            "prompts": ${prompts.toList()}, "depths": [0], "generate": 4, "rounds": $rounds, "more": false}}"""
+
+    private fun List<JsonObject>.tests() =
+        filter { it.text("type") == "observation" }.associate { line ->
+            "${line.text("test")} ${line["n_prompt"] ?: ""}" to line.getValue("samples_ns").jsonArray.map { it.jsonPrimitive.long }
+        }
+
     private fun JsonObject.text(name: String) = getValue(name).jsonPrimitive.content
 
     private val JsonObject.what get() = getValue("error").jsonObject.text("what")
@@ -50,12 +60,12 @@ class BenchmarkTest : AppTest() {
     @Test
     fun `it writes its lines to a file, and says where`() {
         install()
-        val lines = run("job" to """{"prompt": [8, 16], "decode": [4], "repetitions": 2}""", "name" to "run1.jsonl")
-        assertEquals(listOf("pp8", "pp16", "tg4"), lines.map { it.text("test") })
-        for (line in lines) {
-            assertEquals(2, line.getValue("samples_ts").jsonArray.size)
-            assertTrue(line.text("avg_ts").toDouble() > 0)
+        val tests = run("job" to measure(8, 16), "name" to "run1.jsonl").tests()
+        for (test in listOf("prefill 8", "prefill 16")) {
+            assertEquals(2, tests.getValue(test).size)
+            assertTrue(tests.getValue(test).all { it > 0 })
         }
+        assertTrue(tests.keys.any { it.startsWith("decode") } && tests.keys.any { it.startsWith("load_warm") })
         assertEquals(listOf(results.resolve("run1.jsonl")), results.listDirectoryEntries())
         assertContains(ShadowLog.getLogsForTag(Benchmark.TAG).map { it.msg }, "benchmark written: ${results.resolve("run1.jsonl")}")
     }
@@ -63,19 +73,19 @@ class BenchmarkTest : AppTest() {
     @Test
     fun `a bundle that a computer has pushed is measured in the place of the installed one`() {
         install(writeArchive(folder.resolve("pushed.crayon"), "pushed"), results.resolve("pushed"))
-        assertEquals("pp128", run("bundle" to "pushed").first().text("test"))
+        assertEquals("pushed", run("bundle" to "pushed").first { it.text("type") == "profile" }.text("model_name"))
     }
 
     @Test
     fun `what goes wrong is the last line`() {
         assertContains(run().single().what, "no bundle here")
         install()
-        assertContains(run("job" to "{").single().what, "the job cannot be read")
-        assertContains(run("job" to """{"repetitions": 0}""").single().what, "out of range")
+        assertContains(run("job" to "{").single().what, "this is no job")
+        assertContains(run("job" to measure(8, rounds = 0)).single().what, "not at least 1")
         assertContains(run("bundle" to "../../secret").single().what, "leads out")
-        val lines = run("job" to """{"prompt": [8, 4000]}""")
-        assertEquals("pp8", lines.first().text("test"))
-        assertContains(lines.last().what, "4000 tokens")
+        val lines = run("job" to measure(8, 4000))
+        assertContains(lines.dropLast(1).tests().keys, "prefill 8")
+        assertContains(lines.last().what, "512")
     }
 
     @Test
@@ -102,6 +112,6 @@ class BenchmarkTest : AppTest() {
         screen.press(R.id.start)
         startService()
         untilIdle()
-        assertContains(screen.shows(R.id.lines), "pp128")
+        assertContains(screen.shows(R.id.lines), "\"n_prompt\":128")
     }
 }

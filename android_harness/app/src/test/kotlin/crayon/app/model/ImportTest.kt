@@ -108,7 +108,7 @@ class ImportTest : AppTest() {
 
         fun with(keys: TrustedKeys): String {
             val model = Model(folder, Keys(keys), emptyMap(), { null }) {}
-            val importing = Importing(app.contentResolver, folder, model, HttpInstall) { Long.MAX_VALUE }
+            val importing = Importing(app.contentResolver, folder, model) { Long.MAX_VALUE }
             return runBlocking {
                 importing.document(Documents.of(archive("second"))) { _, _ -> }
                 assertIs<Imported.Failed>(importing.imported.value).why
@@ -192,9 +192,9 @@ class ImportTest : AppTest() {
             val screen = Robolectric.buildActivity(ModelActivity::class.java).setup().get()
             for ((address, said) in listOf(
                 "$url/m.crayon" to "The model is installed.",
-                "$url/other" to "status 404",
-                "http://example.org/m.crayon" to "begins with https",
-                "what" to "not an address",
+                "$url/other" to "There is no such file",
+                "http://example.org/m.crayon" to "use https",
+                "what" to "not the address",
             )) {
                 screen.type(R.id.address, address)
                 screen.press(R.id.download)

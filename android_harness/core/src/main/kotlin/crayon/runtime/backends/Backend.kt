@@ -51,6 +51,9 @@ interface Backend : AutoCloseable {
     val name: String
     val vocabSize: Int
 
+    /** Of the libraries that compute, for a profile. */
+    val versions: Map<String, String> get() = emptyMap()
+
     /** The most tokens that a cache holds. */
     val contextLength: Int
 

@@ -27,6 +27,7 @@ import java.nio.LongBuffer
 class OnnxBackend private constructor(internal val session: OrtSession, bundle: Bundle) : Backend {
     private val model = bundle.model
     override val name = "onnx"
+    override val versions get() = mapOf("onnxruntime" to OrtEnvironment.getEnvironment().version)
     override val vocabSize = model.architecture.vocabSize
     override val contextLength = model.contextLength
     override val tapSize = model.tap.size

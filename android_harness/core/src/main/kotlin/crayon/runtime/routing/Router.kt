@@ -75,6 +75,13 @@ class Answer internal constructor(val policy: String, val threshold: Double) {
     var sentBytes = 0L
         internal set
 
+    /** Of the device's prompt and tokens; 0 if it did not begin. */
+    val deviceSeconds: Double get() = generation?.let { it.firstTokenSeconds + it.decodeSeconds } ?: 0.0
+
+    /** Of judging the device's answer; 0 if it was not judged. */
+    var scoreSeconds = 0.0
+        internal set
+
     /** Of all: prompt, tokens, signals, and the server. */
     var totalSeconds = 0.0
         internal set
@@ -261,9 +268,11 @@ class Router(
         /** Decides with what the device has said so far, and asks the server if need be; whether it has answered. */
         private suspend fun decide(out: FlowCollector<Part>, drafts: StringBuilder): Boolean {
             val generation = device!!.generation
+            val started = System.nanoTime()
             val said = Said(generation.promptTap, generation.answerTap, generation.logProbabilities)
             answer.signals = signals(said, reference, policy.weights.keys)
             val decision = policy.decide(answer.signals)
+            answer.scoreSeconds = seconds(started)
             take(decision)
             if (decision.route == Route.SERVER && askServer(out)) return true
             if (drafts.isNotEmpty()) say(out, drafts.toString())

@@ -13,7 +13,11 @@ import crayon.runtime.InvalidInput
 import crayon.runtime.Malformed
 import crayon.runtime.TokenizerInfo
 import crayon.runtime.bundle.Bundle
+import crayon.runtime.chat.ChatTemplate
+import crayon.runtime.chat.ControlTokens
+import crayon.runtime.chat.Message
 import crayon.runtime.decodeJson
+import kotlinx.serialization.json.JsonObject
 import java.io.IOException
 import java.nio.file.Path
 import java.util.concurrent.ConcurrentHashMap
@@ -37,8 +41,13 @@ class Tokenizer(val info: TokenizerInfo, path: Path) {
     private val normalized: AddedTokens
     private val bytes = ConcurrentHashMap<Int, ByteArray>()
 
+    private val controlIds: Map<String, Int>
+    private val control by lazy { ControlTokens(controlIds.keys) }
+    private val template by lazy { chatTemplate() }
+
     /** Ids of the control tokens. */
     val specialIds: Set<Int>
+    val hasChatTemplate: Boolean get() = info.chatTemplate != null
 
     init {
         val document = read(path)
@@ -55,7 +64,8 @@ class Tokenizer(val info: TokenizerInfo, path: Path) {
             throw BundleError("this tokenizer lacks a part: ${e.message}", path, "export the bundle again")
         }
         val added = withControlTokens(document.addedTokens)
-        specialIds = added.filter { it.special }.map { it.id }.toSet()
+        controlIds = added.filter { it.special }.associate { it.content to it.id }
+        specialIds = controlIds.values.toSet()
         raw = AddedTokens(added.filter { !it.normalized }.map { it to it.content })
         normalized = AddedTokens(added.filter { it.normalized }.map { it to normalize(it.content) })
     }
@@ -85,6 +95,38 @@ class Tokenizer(val info: TokenizerInfo, path: Path) {
         val bos = info.bos
         if (addBos && info.addBos && bos != null && ids.firstOrNull() != bos) ids.add(0, bos)
         return ids
+    }
+
+    /**
+     * The token ids of a conversation, bos included where the template writes it.
+     *
+     * Text in a message that imitates a control token is encoded as the plain text that it is.
+     *
+     * @param tools to tell the model of, in OpenAI's form. A template that knows no tools leaves them out.
+     * @param addGenerationPrompt end with what opens the assistant's answer.
+     * @throws InvalidInput there is no template, or it refuses these messages.
+     * @throws BundleError the template cannot be used.
+     */
+    fun applyChatTemplate(messages: List<Message>, tools: List<JsonObject>? = null, addGenerationPrompt: Boolean = true): List<Int> {
+        if (messages.isEmpty()) throw InvalidInput("there are no messages", "messages", "give at least one")
+        val given = messages.map { it.toJson() }
+        val marked = given.map { control.mark(it) as JsonObject }
+        val markedTools = tools?.map { control.mark(it) as JsonObject }
+        val text = template.render(marked, markedTools, addGenerationPrompt)
+        // Where nothing imitates anything, the tokenizer knows best how to split.
+        if (marked == given && markedTools == tools) return encode(text, addBos = false, parseSpecial = true)
+        return control.split(text).flatMap { (piece, isToken) ->
+            if (isToken) listOf(controlIds.getValue(piece)) else encode(piece, addBos = false)
+        }
+    }
+
+    private fun chatTemplate(): ChatTemplate {
+        val source = info.chatTemplate ?: throw InvalidInput(
+            "this bundle has no chat template",
+            advice = "give the prompt as text, or export from a model whose tokenizer_config.json has a chat_template",
+        )
+        val ids = mapOf("bos_token" to info.bos, "eos_token" to info.eos.firstOrNull(), "pad_token" to info.pad)
+        return ChatTemplate(source, ids.filterValues { it != null }.mapValues { (_, id) -> names.getOrNull(id!!).orEmpty() })
     }
 
     /** The text of token ids; invalid UTF-8 becomes U+FFFD. Ids that the tokenizer does not know have no text. */

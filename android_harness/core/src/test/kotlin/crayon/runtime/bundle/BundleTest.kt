@@ -192,7 +192,8 @@ class BundleTest {
             "linked" to "symbolic link",
             "outside" to "../evil",
         )) {
-            fails<BundleError>(said) { install(fixtures.resolve("$name.crayon"), folder.resolve("new")) }
+            val archive = fixtures.resolve("$name.crayon")
+            fails<BundleError>(said) { install(archive, folder.resolve("new")) }
         }
         assertEquals(emptyList(), names(folder))
     }
