@@ -46,7 +46,9 @@ def test_it_says_what_the_python_runtime_says(tmp_path: Path) -> None:
         for case in ET.parse(report).iter("testcase")
     ]
     assert len(cases) > 190
-    assert {"EngineTest", "ExecuTorchBackendTest", "ChatTest"} <= {case.get("classname", "").rpartition(".")[2] for case in cases}
+    assert {"EngineTest", "ExecuTorchBackendTest", "ChatTest"} <= {
+        case.get("classname", "").rpartition(".")[2] for case in cases
+    }
     not_passed = {"failure", "error", "skipped"}
     assert [case.get("name") for case in cases if not_passed & {child.tag for child in case}] == []
     check_profile(fixtures / "profile.jsonl")

@@ -118,7 +118,12 @@ abstract class AppTest {
 
     protected fun Activity.type(id: Int, text: String) = view<EditText>(id).setText(text)
 
-    protected fun Activity.press(id: Int) = assertTrue(view<Button>(id).let { it.isEnabled && it.performClick() })
+    /** Presses a button, as soon as that can be done. */
+    protected fun Activity.press(id: Int) {
+        val button = view<Button>(id)
+        until("it can be pressed") { button.isEnabled }
+        assertTrue(button.performClick())
+    }
 
     protected fun Activity.shows(id: Int): String = view<TextView>(id).text.toString()
 
