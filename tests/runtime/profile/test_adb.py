@@ -99,7 +99,7 @@ def test_a_phone_is_profiled(phone: Phone, bundle: Path, tmp_path: Path) -> None
     decode = tests["tg4 @ d8"]
     assert [len(tokens) for tokens in decode.token_ns] == [4] * 6
     assert decode.processes == [0, 0, 0, 1, 1, 1]
-    assert [sum(tokens) for tokens in decode.token_ns] == pytest.approx(decode.samples_ns, rel=0.2)
+    assert all(0 < sum(tokens) <= sample for tokens, sample in zip(decode.token_ns, decode.samples_ns, strict=True))
     assert len(decode.warmup_ns) == 2
     assert {sample.phase for sample in made.samples} == {"started", "end"}
     assert all(sample.pss_bytes for sample in made.samples if sample.phase == "end")
