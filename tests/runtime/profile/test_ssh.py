@@ -97,7 +97,7 @@ def hold(there: Board, bundle: Path, **others: Any) -> list[str]:
 def assert_nothing_is_left(there: Board, *, within: float = 0.0) -> None:
     """But what a next profile need not send again."""
     until = time.monotonic() + within
-    while (list(there.cache.rglob("run-*")) or temporary(there)) and time.monotonic() < until:
+    while (list((there.cache / "crayon" / "profile").glob("run-*")) or temporary(there)) and time.monotonic() < until:
         time.sleep(0.05)
     kept = list((there.cache / "crayon" / "profile").iterdir())
     assert [

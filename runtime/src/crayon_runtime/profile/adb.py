@@ -169,7 +169,7 @@ class _Held(NamedTuple):
         command += ["--repeat", str(rounds), *more]
         warm = "" if "--cold" in more else f"cat {shlex.join([program, *data])} >/dev/null; "
         start = f"""sh -c 'echo $$ >pid; exec "$@" >out.json 2>said' - {shlex.join(command)}"""
-        done = self.device.shell2(f"cd {ROOT}/run && {warm}{start}", timeout=None)
+        done = self.device.shell2(f"cd {ROOT}/run && {warm}{start}", timeout=None, v2=True)
         if done.returncode:
             said = say(self.device, f"cat {ROOT}/run/said").strip()
             raise BackendError(

@@ -187,7 +187,7 @@ def _no_space(device: adbutils.AdbDevice, detail: str = "") -> DeviceError:
 
 def say(device: adbutils.AdbDevice, command: str) -> str:
     """What a command says on the device, errors too. adbutils raises if that does not come to its end."""
-    return str(device.shell2(command.strip(), timeout=None).output)
+    return str(device.shell2(command.strip(), timeout=None, v2=True).output)
 
 
 @contextmanager
