@@ -87,8 +87,10 @@ class Adb:
                     self._held = _Held(
                         device, phone, bundle, adapter, files.command(groups[0].folder), groups, Path(mirror)
                     )
-                    yield Asked(groups[1].folder, "executorch", None if adapter is None else groups[2].folder)
-                self._held = None
+                    try:
+                        yield Asked(groups[1].folder, "executorch", None if adapter is None else groups[2].folder)
+                    finally:
+                        self._held = None
 
     def run(self, job: Job) -> Iterator[bytes]:
         assert self._held is not None, "the device is not held"

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from crayon_runtime.errors import BackendError, DeviceError
+from crayon_runtime.profile.memory import KEPT
 from crayon_runtime.profile.push import Item
 from crayon_runtime.profile.records import Absent, Observation
 
@@ -25,9 +26,6 @@ SYSTEM = "system"
 
 _MACHINES = {62: "x86_64", 183: "aarch64"}
 """ELF's `e_machine`."""
-
-KEPT = 0.05
-"""Of the model's files, the share that may stay in the page cache after it was dropped."""
 
 LACKS = (
     "TTFT", "adapter swap", "affinity of ten examples", "routing overhead", "the controls, and with them the share of the bandwidth",

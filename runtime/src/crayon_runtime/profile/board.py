@@ -219,10 +219,12 @@ def facts() -> dict[str, Any]:
 def hold_lock(folder: Path) -> int:
     """The lock that local profiles hold too."""
     path = folder / LOCK
+    # Not created where it exists: a system may refuse that for a file of another user in a folder of all.
     held = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | (0 if path.exists() else os.O_CREAT), 0o644)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(held)
         what = "another profile is being made on this device, and the two would measure each other"
         raise Refused(what, path, "wait until it has ended, or end it", "BackendError") from None
     return held

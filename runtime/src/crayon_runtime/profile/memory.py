@@ -56,6 +56,10 @@ def cached_bytes(files: Iterable[Path]) -> int:
     return total
 
 
+KEPT = 0.05
+"""Of a model's files, the share that may stay in the page cache after they were dropped from it."""
+
+
 def drop_page_cache(files: list[Path]) -> int:
     """Have the system forget what it has cached of some files; how many bytes it kept all the same.
 

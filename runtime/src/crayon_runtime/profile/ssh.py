@@ -22,15 +22,15 @@ from typing import Any, Self
 
 import msgspec
 
-from crayon_runtime import errors
 from crayon_runtime.backends import served
 from crayon_runtime.bundle import Bundle
-from crayon_runtime.errors import CrayonError, DeviceError, MissingExtra
+from crayon_runtime.errors import DeviceError, MissingExtra
 from crayon_runtime.files import CHUNK
 from crayon_runtime.profile import board
 from crayon_runtime.profile.jobs import Job
 from crayon_runtime.profile.push import Item, adapter_outside, check_sent, check_served, items_of, total
-from crayon_runtime.profile.target import MODULE, Asked, OnStep, check_end, environment_of
+from crayon_runtime.profile.records import Failure
+from crayon_runtime.profile.target import MODULE, Asked, OnStep, check_end, environment_of, error_of
 
 OPTIONS = (
     "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3",
@@ -224,8 +224,8 @@ class _Connection:
         """An answer; what the board refuses is an error here."""
         answer: dict[str, Any] = json.loads(line[1:])
         if answer.get("type") == "failure":
-            kind = getattr(errors, answer["error"], CrayonError)
-            raise kind(answer["what"], where=f"{self._name}: {answer['where']}", do=answer["do"])
+            failure = msgspec.convert(answer, Failure)
+            raise error_of(msgspec.structs.replace(failure, where=f"{self._name}: {failure.where}"))
         return answer
 
     def _write(self, parts: Sequence[bytes] | Iterator[bytes]) -> None:

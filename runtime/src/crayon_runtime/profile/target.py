@@ -146,6 +146,11 @@ def results(target: Target, job: Job) -> Iterator[Result]:
         except msgspec.DecodeError as e:
             raise BackendError(f"the process that measured said {line[:200]!r}: {e}", where=target.name) from None
         if isinstance(result, Failure):
-            kind = getattr(errors, result.error, CrayonError)
-            raise kind(result.what, where=result.where, do=result.do)
+            raise error_of(result)
         yield result
+
+
+def error_of(failure: Failure) -> CrayonError:
+    """What another process could not do, as the error that it would be here."""
+    error: CrayonError = getattr(errors, failure.error, CrayonError)(failure.what, where=failure.where, do=failure.do)
+    return error

@@ -24,15 +24,12 @@ from crayon_runtime.errors import CrayonError
 from crayon_runtime.profile.describe import describe, read_bytes
 from crayon_runtime.profile.jobs import Describe, Job, Load, Long, Measure, Trace
 from crayon_runtime.profile.measure import Watch, controls, files_of, long_run, measure
-from crayon_runtime.profile.memory import drop_page_cache
+from crayon_runtime.profile.memory import KEPT, drop_page_cache
 from crayon_runtime.profile.operators import trace
 from crayon_runtime.profile.records import Absent, Failure, Observation, Record, TestName
 from crayon_runtime.profile.sensors import Sensors
 
 LoadEngine = Callable[[Path, Job], Engine]
-
-KEPT = 0.05
-"""Of a bundle, the share that may stay in the page cache after it was dropped."""
 
 
 def load_engine(path: Path, job: Job) -> Engine:
