@@ -1,4 +1,4 @@
-"""A phone that is reached by adb: Android's own adbd, alone in a network namespace, with a /data of its own."""
+"""A phone that is reached by adb: Android's own adbd, alone in a network namespace, with a /data and an /sdcard of its own."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ class Phone:
         self.bin = folder / "bin"
         self.bin.mkdir(parents=True)
         own_server(folder, monkeypatch)
-        network, self._data = os.getpid() % 16384, Path("/data")
+        network = os.getpid() % 16384
         here, there = (f"10.213.{network >> 6}.{(network & 63) * 4 + host}" for host in (1, 2))
         self.serial = f"{there}:5555"
-        self._ours = not self._data.exists()
-        self._data.mkdir(exist_ok=True)
+        self._ours = [folder for folder in (Path("/data"), Path("/sdcard")) if not folder.exists()]
+        for folder in self._ours:
+            folder.mkdir()
         inside = ["ip", "-n", self._name]
         for command in (
             ["ip", "netns", "add", self._name],
@@ -51,7 +52,8 @@ class Phone:
 
     def start(self, *, size: str = "64m") -> None:
         """Turn it on, with a storage of this size."""
-        mount = f"mount -t tmpfs -o size={size} tmpfs /data && mkdir -p /data/local/tmp && exec {self._adbd}"
+        mounted = f"mount -t tmpfs -o size={size} tmpfs /data && mount -t tmpfs -o size=8m tmpfs /sdcard"
+        mount = f"{mounted} && mkdir -p /data/local/tmp && exec {self._adbd}"
         path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
         self._process = subprocess.Popen(
             ["ip", "netns", "exec", self._name, "sh", "-c", mount],
@@ -88,8 +90,8 @@ class Phone:
         ).stdout.split():
             os.kill(int(process), 9)
         subprocess.run(["ip", "netns", "del", self._name], check=True)
-        if self._ours:
-            self._data.rmdir()
+        for folder in self._ours:
+            folder.rmdir()
 
 
 def own_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:

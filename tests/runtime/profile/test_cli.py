@@ -95,6 +95,11 @@ def test_a_regression_exits_with_1(tmp_path: Path) -> None:
             ["bundle", "--out", "o", "--target", "ssh://host", "--bench", "b"],
             "--bench goes with adb:, not with ssh://host",
         ),
+        (["bundle", "--out", "o", "--app"], "--app goes with adb:, not with local"),
+        (
+            ["bundle", "--out", "o", "--target", "adb:", "--app", "--bench", "b"],
+            "either the app measures, or what --bench",
+        ),
         (["bundle"], "Missing option '--out'"),
     ],
 )

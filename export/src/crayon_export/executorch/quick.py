@@ -29,6 +29,7 @@ from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
 from executorch.exir.backend import backend_api
 from executorch.exir.backend.backend_details import BackendDetails, CompileSpec, PreprocessResult
 from executorch.exir.backend.canonical_partitioners import group_partitioner
+from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.variables import builder
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
@@ -89,11 +90,16 @@ def quick(identify: Identify) -> Iterator[None]:
         patch.object(ExportedProgram, "run_decompositions", _decompositions()),
         patch.object(torch._library.utils, "is_builtin", _is_remembered),
         patch.object(builder, "_clone_input", _cloned_input()),
+        # A guard of all shapes, with a condition for each operator. It is compiled, and never called.
+        patch.object(GuardBuilder, "add_python_lambda_leaf_guard_to_root", _unguarded),
         patch.object(backend_api, "_create_partitions", _partitions()),
         patch.object(partitioner, "_DependencyViewer", _Below),
         patch.object(group_partitioner, "_DependencyViewer", _Below),
     ):
         yield
+
+
+def _unguarded(*_: Any, **__: Any) -> None: ...
 
 
 def _not_copied(program: ExportedProgram, _: list[CompileSpec]) -> ExportedProgram:
@@ -344,6 +350,7 @@ _WRITTEN_FOR = {
     partitioner._DependencyViewer: "47bacdf03efdce20",
     group_partitioner._DependencyViewer: "a6d3ee37edb6ec3a",
     group_partitioner.GroupBasedPartitioner._can_merge_partitions: "08428a6ba5abd129",
+    GuardBuilder.add_python_lambda_leaf_guard_to_root: "a1ec2ecc3cedb7cc",
     builder._clone_input: "fdee93dcef3fc957",
     torch._library.utils.is_builtin: "f8524c97621ee850",
 }

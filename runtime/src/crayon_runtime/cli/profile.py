@@ -106,6 +106,7 @@ def profile() -> None:
     type=PATH,
     help="Over adb: crayon-bench for the phone.  [default: the one installed here]",
 )
+@click.option("--app", is_flag=True, help="Over adb: measure in the app, which is on the phone, not by crayon-bench.")
 @json_option
 def measure(
     bundle: Path,
@@ -114,6 +115,7 @@ def measure(
     target: str,
     wheels: Path | None,
     bench: Path | None,
+    app: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -124,7 +126,7 @@ def measure(
     """
     from crayon_runtime.profile import profile as make
 
-    device = _target(target, wheels, bench)
+    device = _target(target, wheels, bench, app)
     made = make(bundle, out, replace=force, target=device, on_step=note, **options)
     if as_json:
         print_json({"out": out, "header": made.header, "tests": [_short(made, label) for label in _labels(made)]})
@@ -204,21 +206,29 @@ def compare(
         click.get_current_context().exit(1)
 
 
-def _target(text: str, wheels: Path | None, bench: Path | None) -> Target | None:
+def _target(text: str, wheels: Path | None, bench: Path | None, app: bool) -> Target | None:
     """The device that an option names; None: this machine."""
     ssh = re.fullmatch(
         r"ssh://((?:[^@:/\s-][^@:/\s]*@)?(?:[^@:/\s\[-][^@:/\s]*|\[[\da-fA-F:.]+\]))(?::(\d{1,5}))?/?", text
     )
     adb = re.fullmatch(r"adb:(\S*)", text)
-    for option, given, kind in (("--wheels", wheels, ssh), ("--bench", bench, adb)):
-        if given is not None and not kind:
-            raise click.UsageError(
-                f"{option} goes with {'ssh://' if option == '--wheels' else 'adb:'}, not with {text}"
-            )
+    for option, given, kind, prefix in (
+        ("--wheels", wheels is not None, ssh, "ssh://"),
+        ("--bench", bench is not None, adb, "adb:"),
+        ("--app", app, adb, "adb:"),
+    ):
+        if given and not kind:
+            raise click.UsageError(f"{option} goes with {prefix}, not with {text}")
+    if app and bench is not None:
+        raise click.UsageError("either the app measures, or what --bench gives")
     if ssh:
         from crayon_runtime.profile.ssh import Ssh
 
         return Ssh(ssh[1].replace("[", "").replace("]", ""), int(ssh[2]) if ssh[2] else None, wheels=wheels)
+    if adb and app:
+        from crayon_runtime.profile.app import App
+
+        return App(adb[1] or None)
     if adb:
         from crayon_runtime.profile.adb import Adb
 

@@ -71,7 +71,7 @@ class Adb:
             raise BackendError(
                 f"on a phone {bench.NAME} measures, which runs programs of ExecuTorch only",
                 where=bundle.path,
-                do="use --backend executorch; the app has a benchmark for ONNX Runtime",
+                do="use --backend executorch, or measure in the app, which runs ONNX Runtime too, with --app",
             )
         adapter = adapter_bundle(bundle, asked.adapter) if asked.adapter is not None else None
         program, adapted = _program_items(bundle), _adapter_items(adapter) if adapter else []
@@ -80,7 +80,7 @@ class Adb:
             device = find(self._serial)
             self.name = f"adb:{device.serial}"
             phone = Phone.of(device)
-            with bench.files(phone.machine, self._bench) as files, locked(device, self.name):
+            with bench.files(phone.machine, self._bench) as files, locked(device, self.name, end="kill $(cat run/pid)"):
                 groups = [Group.of(items) for items in (files.items, program, adapted) if items]
                 send(device, groups, on_step)
                 with TemporaryDirectory() as mirror:

@@ -25,8 +25,8 @@ _ABIS = {"arm64-v8a": "aarch64", "x86_64": "x86_64"}
 
 # The lock is the shell's, and ends with it. What the connection's end leaves running is ended, whatever ended the connection.
 _HOLD = f"""
-mkdir -p {ROOT} && cd {ROOT} || exit; exec 9>lock; flock -n 9 || {{ echo taken; exit; }}
-trap '' HUP; rm -rf run; mkdir run; echo held; read end; kill $(cat run/pid) 2>/dev/null; rm -rf run
+umask 022; mkdir -p {ROOT} && cd {ROOT} || exit; exec 9>lock; flock -n 9 || {{{{ echo taken; exit; }}}}
+trap '' HUP; rm -rf run; mkdir run; echo held; read end; {{end}} 2>/dev/null; rm -rf run
 """
 
 _FACTS = """
@@ -103,11 +103,15 @@ def find(serial: str | None) -> adbutils.AdbDevice:
 
 
 @contextmanager
-def locked(device: adbutils.AdbDevice, name: str) -> Iterator[None]:
-    """Hold the device's lock, and a folder for what runs."""
+def locked(device: adbutils.AdbDevice, name: str, *, end: str) -> Iterator[None]:
+    """Hold the device's lock, and a folder for what runs.
+
+    Args:
+        end: the command that ends what runs.
+    """
     import adbutils
 
-    with device.shell(_HOLD.strip(), stream=True, timeout=None) as held:
+    with device.shell(_HOLD.format(end=end).strip(), stream=True, timeout=None) as held:
         said = b""
         while b"\n" not in said:
             more = held.recv(4096)
@@ -154,7 +158,7 @@ def send(device: adbutils.AdbDevice, groups: Sequence[Group], on_step: OnStep) -
     import adbutils
 
     for path, item in missing.items():
-        say(device, shlex.join(["mkdir", "-p", path.rpartition("/")[0]]))
+        say(device, f"umask 022; {shlex.join(['mkdir', '-p', path.rpartition('/')[0]])}")  # an app reads it, too
         partial = f"{ROOT}/run/partial"
         try:
             device.sync.push(item.source, partial, 0o755)

@@ -152,5 +152,7 @@ def results(target: Target, job: Job) -> Iterator[Result]:
 
 def error_of(failure: Failure) -> CrayonError:
     """What another process could not do, as the error that it would be here."""
-    error: CrayonError = getattr(errors, failure.error, CrayonError)(failure.what, where=failure.where, do=failure.do)
-    return error
+    kind = getattr(errors, failure.error, None)
+    if not (isinstance(kind, type) and issubclass(kind, CrayonError)) or kind is errors.MissingExtra:
+        kind = CrayonError  # of another version, or one that is made of other parts
+    return kind(failure.what, where=failure.where, do=failure.do)

@@ -89,7 +89,7 @@ class Engine(private val dispatcher: CoroutineDispatcher = Dispatchers.Default) 
         told.value = EngineState.Ready
     }
 
-    private val lock = ReentrantLock()
+    private val lock = ReentrantLock(true) // fair: whoever unloads is next, and does not wait for the end of an answer
     private val told = MutableStateFlow<EngineState>(EngineState.Empty)
     private var loaded: LoadedModel? = null
 

@@ -103,6 +103,17 @@ class DownloadTest {
         }
 
     @Test
+    fun `a full disk is said, and when there is space again it goes on`() =
+        runBlocking {
+            val url = url("plain")
+            assertContains(filled("download", url, "$target"), "File too large | free some space")
+            assertEquals(cutShort, names)
+            download(url, target, DownloadOptions(sha256 = hash))
+            whole()
+            assertContains(asked(url).last().orEmpty(), "bytes=")
+        }
+
+    @Test
     fun `what was whole already is not fetched again`() =
         runBlocking {
             val url = url("plain")

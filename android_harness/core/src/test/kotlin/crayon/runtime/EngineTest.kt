@@ -238,6 +238,21 @@ class EngineTest {
         }
 
     @Test
+    fun `whoever unloads from another thread comes next, not after the answer`() =
+        runBlocking {
+            val second = CountDownLatch(1)
+            say(FakeBackend(Script { _, said, _ -> 3.also { if (said > 1) second.countDown() }.also { Thread.sleep(20) } }))
+            var came = 0
+            val unloading = launch(Dispatchers.IO) {
+                second.await()
+                engine.unload()
+            }
+            assertFailsWith<EngineClosed> { engine.stream("hi").pieces.collect { came++ } }
+            unloading.join()
+            assertTrue(came < 20, "$came tokens came")
+        }
+
+    @Test
     fun `a backend that fails is heard of, and the next answer starts anew`() =
         runBlocking {
             var broken = true

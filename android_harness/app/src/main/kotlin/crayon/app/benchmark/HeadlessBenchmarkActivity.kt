@@ -2,7 +2,6 @@ package crayon.app.benchmark
 
 import android.app.Activity
 import android.os.Bundle
-import android.util.Log
 import crayon.app.Kind
 import crayon.app.parts
 
@@ -11,7 +10,7 @@ import crayon.app.parts
  *
  *     am start -n crayon.app/.benchmark.HeadlessBenchmarkActivity --es name run1.jsonl [--es job JOB] [--es bundle nano]
  *
- * JOB is one of `crayon profile`, as JSON: [crayon.runtime.profile.readJob].
+ * `crayon profile --target adb: --app` does it. JOB is one of `crayon profile`, as JSON: [crayon.runtime.profile.readJob].
  * Only who holds android.permission.DUMP may start it, as adb's shell does: the manifest asks for that.
  */
 class HeadlessBenchmarkActivity : Activity() {
@@ -21,9 +20,7 @@ class HeadlessBenchmarkActivity : Activity() {
         val name = intent.getStringExtra("name") ?: "benchmark.jsonl"
         val bundle = intent.getStringExtra("bundle")
         val benchmark = parts.benchmark
-        if (!parts.work.begin(Kind.BENCHMARK) { benchmark.run(job, name, bundle) }) {
-            Log.e(Benchmark.TAG, "benchmark $name: something else is running in the app; end it, and try again")
-        }
+        if (!parts.work.begin(Kind.BENCHMARK) { benchmark.run(job, name, bundle) }) benchmark.refuse(name)
         finish()
     }
 }

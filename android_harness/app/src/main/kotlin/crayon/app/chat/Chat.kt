@@ -6,8 +6,6 @@ import crayon.app.Thermometer
 import crayon.app.model.Model
 import crayon.app.said
 import crayon.runtime.BackendError
-import crayon.runtime.CrayonError
-import crayon.runtime.EngineClosed
 import crayon.runtime.GenerateOptions
 import crayon.runtime.routing.AnswerStream
 import crayon.runtime.routing.Part
@@ -54,25 +52,21 @@ class Chat(
         conversation.change { it.copy(answer = answer.text, source = source(answer.route), why = answer.reason, stage = Stage.DONE) }
     }
 
-    /** Shows an answer while it comes; throws where the phone becomes too hot for it, or wants its memory back. */
+    /** Shows an answer while it comes; throws where the phone becomes too hot for it. */
     private suspend fun show(stream: AnswerStream) {
         val shown = Shown()
         var count = 0
-        var cut: CrayonError? = null
+        var hot = false
         stream.parts
             .takeWhile { part ->
                 if (part.source == Route.DEVICE) count++
-                cut = when {
-                    model.leaving -> EngineClosed("the model is put away")
-                    count > thermometer.limits.value.room() -> tooHot()
-                    else -> null
-                }
-                cut == null
+                hot = count > thermometer.limits.value.room()
+                !hot
             }.collect { part ->
                 shown.add(part)
                 conversation.change { it.copy(answer = shown.text, source = shown.source?.let(::source)) }
             }
-        cut?.let { throw it }
+        if (hot) throw tooHot()
     }
 
     /** Parts of an answer that may come: its tokens, and what was decided to stay of them, once more. */

@@ -62,20 +62,8 @@ class Model(
             engine
         }
 
-    /** Whether it is about to be unloaded: who computes with it should end, as the engine waits for a pause between two tokens. */
-    @Volatile
-    var leaving = false
-        private set
-
     /** Frees the memory; the next question loads the model again. An answer that is running ends with an error. */
-    fun unload() {
-        leaving = true
-        try {
-            engine.unload()
-        } finally {
-            leaving = false
-        }
-    }
+    fun unload() = engine.unload()
 
     /** Has a bundle installed at [place], with the check of signatures that whoever does it has to make; what was there stays where this fails. */
     suspend fun replace(installing: suspend (check: (ByteArray, ByteArray?) -> Unit) -> Bundle) =

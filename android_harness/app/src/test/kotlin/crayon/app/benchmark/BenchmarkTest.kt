@@ -21,6 +21,7 @@ import java.nio.file.Path
 import kotlin.io.path.exists
 import kotlin.io.path.listDirectoryEntries
 import kotlin.io.path.readLines
+import kotlin.io.path.readText
 import kotlin.test.assertContains
 import kotlin.test.assertEquals
 import kotlin.test.assertTrue
@@ -55,7 +56,7 @@ class BenchmarkTest : AppTest() {
 
     private fun JsonObject.text(name: String) = getValue(name).jsonPrimitive.content
 
-    private val JsonObject.what get() = getValue("error").jsonObject.text("what")
+    private val JsonObject.what get() = text("what").also { assertEquals("failure", text("type")) }
 
     @Test
     fun `it writes its lines to a file, and says where`() {
@@ -74,6 +75,8 @@ class BenchmarkTest : AppTest() {
     fun `a bundle that a computer has pushed is measured in the place of the installed one`() {
         install(writeArchive(folder.resolve("pushed.crayon"), "pushed"), results.resolve("pushed"))
         assertEquals("pushed", run("bundle" to "pushed").first { it.text("type") == "profile" }.text("model_name"))
+        assertEquals("InvalidInput", run("bundle" to "/data/local/tmp/../secret").single().text("error"))
+        assertEquals("BundleError", run("bundle" to "/data/local/tmp/none").single().text("error"))
     }
 
     @Test
@@ -101,8 +104,8 @@ class BenchmarkTest : AppTest() {
     @Test
     fun `while something else runs it says so`() {
         parts.work.begin(Kind.INSTALL) { awaitCancellation() }
-        start()
-        assertContains(ShadowLog.getLogsForTag(Benchmark.TAG).last().msg, "something else is running")
+        start("name" to "run2.jsonl")
+        assertContains(Json.parseToJsonElement(results.resolve("run2.jsonl").readText()).jsonObject.what, "something else is running")
     }
 
     @Test

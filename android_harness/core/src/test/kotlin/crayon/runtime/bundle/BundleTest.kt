@@ -11,6 +11,7 @@ import crayon.runtime.SignatureError
 import crayon.runtime.TrustedKeys
 import crayon.runtime.copyOf
 import crayon.runtime.edit
+import crayon.runtime.filled
 import crayon.runtime.fixtures
 import crayon.runtime.flipByte
 import crayon.runtime.memoryNeeded
@@ -214,6 +215,15 @@ class BundleTest {
         assertFailsWith<IllegalStateException> {
             install(fixtures.resolve("fields"), target, replace = true, onBytes = { error("out of battery") })
         }
+        assertEquals(name, Bundle.open(target, verify = true).manifest.name)
+        assertEquals(listOf("model"), names(folder))
+    }
+
+    @Test
+    fun `a full disk is said, and leaves the bundle that was there`() {
+        val target = folder.resolve("model")
+        val name = install(fixtures.resolve("nano.crayon"), target).manifest.name
+        assertContains(filled("install", "${fixtures.resolve("signed.crayon")}", "$target"), "File too large | free some space")
         assertEquals(name, Bundle.open(target, verify = true).manifest.name)
         assertEquals(listOf("model"), names(folder))
     }
