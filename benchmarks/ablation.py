@@ -1,4 +1,4 @@
-"""MobileLLM's choices, at one number of parameters and on this CPU: about half an hour on two quiet cores, and it goes on with --work.
+"""MobileLLM's choices, at one number of parameters and on this CPU: about an hour on two cores, and it goes on with --work.
 
 It needs plain texts, of a few megabytes: `--text SOURCE`, as `crayon model train --data` takes them, with `--text-field` if they are not
 called "text"; without, that task is left out. CRAYON_ABLATION_STEPS makes all runs shorter.
@@ -236,7 +236,7 @@ def _chart(curves: dict[str, list[list[Result]]], text: dict[str, list[Result] |
 
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for place, (name, points) in enumerate(curves.items()):
         sizes = [some[0].parameters / 1e6 for some in points]
@@ -247,7 +247,7 @@ def _chart(curves: dict[str, list[list[Result]]], text: dict[str, list[Result] |
             losses = [r.test for r in some]
             right.errorbar([place], [fmean(losses)], [stdev(losses)], **style)
     left.set(xlabel="parameters, millions", ylabel="exact match, phone-assistant requests", ylim=(0, None))
-    left.legend(fontsize=7)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(curves), fontsize=8)
     right.set(ylabel="nats per token, plain texts", xticks=[])
     return svg.render(figure)
 
