@@ -71,7 +71,7 @@ def assert_nothing_runs(phone: Phone, *, within: float = 0.0) -> None:
 
 @pytest.mark.slow
 def test_a_phone_is_profiled_in_its_app(phone: Phone, bundle: Path, tmp_path: Path) -> None:
-    sizes = ["--prompt", "8", "--depth", "0", "--generate", "4", "--repetitions", "2", "--threads", "1"]
+    sizes = ["--prompt", "8", "--depth", "0", "--generate", "4", "--repetitions", "1", "--threads", "1"]
     options = [str(bundle), "--target", "adb:", "--app", "--backend", "onnx", *sizes, "--out"]
     result = CliRunner(catch_exceptions=False).invoke(command, [*options, str(tmp_path / "out")])
     assert result.exit_code == 0, result.output

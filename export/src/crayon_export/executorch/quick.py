@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import operator
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
-from operator import or_
 from typing import Any, NamedTuple
 from unittest.mock import patch
 from weakref import WeakSet
@@ -24,6 +25,7 @@ from executorch.backends.xnnpack import xnnpack_preprocess
 from executorch.backends.xnnpack.operators.node_visitor import NodeVisitor
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import XNNGraph
 from executorch.backends.xnnpack.xnnpack_preprocess import DEFAULT_DEBUG_HANDLE, XnnpackBackend
+from executorch.exir import lowered_backend_module
 from executorch.exir._serialize._cord import FileBackedData
 from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
 from executorch.exir.backend import backend_api
@@ -33,7 +35,9 @@ from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.variables import builder
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
+from torch.fx.graph import _Namespace
 from torch.fx.passes.infra import partitioner
+from torch.fx.passes.tools_common import legalize_graph
 
 from crayon_export.executorch.template import Slot
 from crayon_runtime.errors import BackendError
@@ -93,6 +97,7 @@ def quick(identify: Identify) -> Iterator[None]:
         # A guard of all shapes, with a condition for each operator. It is compiled, and never called.
         patch.object(GuardBuilder, "add_python_lambda_leaf_guard_to_root", _unguarded),
         patch.object(backend_api, "_create_partitions", _partitions()),
+        patch.object(lowered_backend_module, "legalize_graph", _sorted_in_place),
         patch.object(partitioner, "_DependencyViewer", _Below),
         patch.object(group_partitioner, "_DependencyViewer", _Below),
     ):
@@ -277,7 +282,7 @@ class _Below:
         numbers = {node: number for number, node in enumerate(self._nodes)}
         self._below: dict[torch.fx.Node, int] = {}
         for node in reversed(self._nodes):
-            self._below[node] = reduce(or_, (self._below[user] | 1 << numbers[user] for user in node.users), 0)
+            self._below[node] = reduce(operator.or_, (self._below[user] | 1 << numbers[user] for user in node.users), 0)
 
     def downstreams_of(self, node: torch.fx.Node) -> Iterator[torch.fx.Node]:
         bits = self._below.get(node, 0).to_bytes(len(self._nodes) // 8 + 1, "little")
@@ -299,6 +304,40 @@ def _partitions() -> Callable[..., Any]:
         return created
 
     return create_partitions
+
+
+def _sorted_in_place(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """`legalize_graph`, in the same order of nodes, of their users and of names: it copies the whole program for each part that is taken out."""
+    graph = module.graph
+    waits_for = {node: len(node.all_input_nodes) for node in graph.nodes}
+    ready = deque(node for node, count in waits_for.items() if count == 0)
+    order = []
+    while ready:
+        node = ready.popleft()
+        order.append(node)
+        for user in node.users:
+            waits_for[user] -= 1
+            if waits_for[user] == 0:
+                first = user.op == "call_function" and user.target in _FIRST
+                (ready.appendleft if first else ready.append)(user)
+    if len(order) < len(waits_for):
+        raise RuntimeError("the program has a cycle")
+    graph._graph_namespace = _Namespace()
+    for node in order:
+        graph._root.prepend(node)
+        for used in node.all_input_nodes:
+            used.users[node] = used.users.pop(node)
+        name = graph._graph_namespace.create_name(node.name, None)
+        assert name == node.name
+    return module
+
+
+_FIRST = {
+    operator.add, operator.mul, operator.sub, operator.floordiv, operator.truediv, operator.mod, operator.le, operator.lt, operator.ge, operator.gt,
+    operator.eq, operator.ne, torch.ops.aten.sym_constrain_range.default, torch.ops.aten.sym_constrain_range_for_size.default,
+    torch.ops.aten._assert_async.msg, torch.ops.aten.scalar_tensor.default, torch.ops.aten._assert_scalar.default,
+}  # fmt: skip
+"""What `legalize_graph` puts first."""
 
 
 def _cloned_input() -> Callable[[Any, Any], Any]:
@@ -351,6 +390,7 @@ _WRITTEN_FOR = {
     group_partitioner._DependencyViewer: "a6d3ee37edb6ec3a",
     group_partitioner.GroupBasedPartitioner._can_merge_partitions: "08428a6ba5abd129",
     GuardBuilder.add_python_lambda_leaf_guard_to_root: "a1ec2ecc3cedb7cc",
+    legalize_graph: "6dc8094b32ebd463",
     builder._clone_input: "fdee93dcef3fc957",
     torch._library.utils.is_builtin: "f8524c97621ee850",
 }
