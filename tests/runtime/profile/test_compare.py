@@ -28,7 +28,7 @@ def test_a_tenth_is_found(slower: float) -> None:
     random = np.random.default_rng(2)
     changed = 0
     for _ in range(PAIRS):
-        compared = compare(drawn(random), drawn(random, slower=slower))
+        compared = compare(drawn(random, between=0.013), drawn(random, between=0.013, slower=slower))
         found = {d.metric: d for d in compared.significant}
         changed += "tg32" in found and abs(found["tg32"].compared.ratio / slower - 1) < 0.05
     assert changed >= 0.9 * PAIRS

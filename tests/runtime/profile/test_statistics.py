@@ -19,16 +19,26 @@ def test_the_tail_of_students_distribution(t: float, degrees: float) -> None:
     assert upper_tail(t, degrees) == pytest.approx(scipy_stats.t.sf(t, degrees), rel=1e-9, abs=1e-200)
 
 
-def test_without_tolerance_it_is_students_test_or_of_different_numbers_welchs() -> None:
-    random = np.random.default_rng(0)
-    for n in [5, 7] * 10:
-        a, b = np.exp(random.normal(0, 0.1, 5)), np.exp(random.normal(0.05, 0.2, n))
-        expected = scipy_stats.ttest_ind(np.log(b), np.log(a), equal_var=n == 5)
+@pytest.mark.parametrize("m, n", [(3, 3), (4, 3), (5, 5), (5, 7), (10, 10), (11, 4)])
+def test_without_tolerance_it_is_yuens_test(m: int, n: int) -> None:
+    random = np.random.default_rng(m)
+    for _ in range(10):
+        a, b = np.exp(random.normal(0, 0.1, m)), np.exp(random.normal(0.05, 0.2, n))
+        left = [size - 2 * (size // 5) for size in (m, n)]
+        expected = scipy_stats.ttest_ind(np.log(b), np.log(a), equal_var=left[0] == left[1], trim=0.2)
         found = compare_groups(a.tolist(), b.tolist(), tolerance=0.0)
-        interval = expected.confidence_interval(0.95)
         assert found.p == pytest.approx(expected.pvalue, rel=1e-9)
-        assert [math.log(ratio) for ratio in found.interval] == pytest.approx(list(interval), rel=1e-6)
-        assert found.ratio == pytest.approx(scipy_stats.gmean(b) / scipy_stats.gmean(a))
+        means = [scipy_stats.trim_mean(np.log(group), 0.2) for group in (a, b)]
+        assert math.log(found.ratio) == pytest.approx(means[1] - means[0])
+        assert (means[1] - means[0]) / found.error == pytest.approx(expected.statistic)
+        reach = scipy_stats.t.ppf(0.975, expected.df) * found.error
+        assert math.log(found.interval[1] / found.ratio) == pytest.approx(reach)
+
+
+def test_a_process_that_was_disturbed_hides_nothing() -> None:
+    a, b = [1.0, 2.1, 1.01, 0.99, 1.0], [1.1, 1.09, 1.1, 1.11, 2.3]
+    assert compare_groups(a, b).p < 0.01
+    assert compare_groups(a, [*b[:4], 1.1]).ratio == pytest.approx(1.1, rel=0.01)
 
 
 def test_a_difference_within_the_tolerance_is_none_however_sure_it_is() -> None:
