@@ -28,7 +28,7 @@ from crayon_server.models import load_nano
 PAIRS, REPETITIONS = 20, 5
 DEPTH, TOKENS, ROUNDS = 64, 16, 600
 SAMPLES = 200
-"""Rounds of each process: as long as a real model decodes, and longer than the seconds for which another guest of a machine slows a core down."""
+"""Rounds of each process, so that a decode of nano takes about as long as one of a real model."""
 THREADS = 1
 INJECTED = 0.1
 

@@ -5,8 +5,8 @@ all of them. So the unit is the process, which gives one number, and its logarit
 times. A rank test cannot do that here: of five processes against five, no order is less likely than 1 in 126, which Holm's correction
 over a dozen metrics never lets pass.
 
-Of each fifth process the fastest and the slowest are left out (Yuen 1974), as a process that shared its core with somebody else all the time may
-be twice as slow: one of these in five would hide any difference.
+Of every five processes the fastest and the slowest are left out (Yuen 1974): one that shared its core with somebody else all the time may be
+twice as slow, and would hide any difference.
 
 What is asked is not whether two means are the same, which they never are, but whether they are further apart than `tolerance`.
 """
