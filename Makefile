@@ -103,7 +103,7 @@ $(ARM)/root: tests/native/aarch64_root.sh
 	@echo "Fetching Debian's Python for ARM …"
 	@tests/native/aarch64_root.sh $@ >/dev/null
 
-# What exports of the demo's model and of MobileLLM-125M for ExecuTorch are filled from, so that nobody waits for its exporter.
+# What exports of the demo's model and of MobileLLM-125M for ExecuTorch are filled from, so that nobody waits for its exporter; and what tests are.
 NANO := server_tools/src/crayon_server/models/nano
 SHIPPED := export/src/crayon_export/executorch/shipped
 templates: $(READY)
@@ -113,6 +113,7 @@ templates: $(READY)
 		$(BIN)/crayon model create mobilellm-125m --vocab-size 32000 --out "$$scratch/mobilellm-125m" && \
 		for model in $(NANO) "$$scratch/mobilellm-125m"; do \
 			XDG_CACHE_HOME="$$scratch" $(BIN)/crayon template export $$model $(SHIPPED) --tokenizer $(NANO) || exit 1; done
+	@$(BIN)/python -m tests.programs templates
 
 constraints: $(READY)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade --no-emit-package crayon-edge-native \

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import tempfile
 from collections import defaultdict
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
-from tests.support import parse_reason
+from tests.support import ROOT, parse_reason
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -18,6 +20,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not os.environ.get("CRAYON_TEST_PROGRAMS"):
         folder = tempfile.TemporaryDirectory(prefix="crayon-programs-")
         config.add_cleanup(folder.cleanup)
+        # Minutes of ExecuTorch's exporter; test_lowering holds that they are what it makes.
+        shutil.copytree(ROOT / "tests/data/templates", Path(folder.name, "cache/crayon/templates"))
         os.environ["CRAYON_TEST_PROGRAMS"] = folder.name
         config.add_cleanup(lambda: os.environ.pop("CRAYON_TEST_PROGRAMS"))
     # A shell starts what runs in the background deaf to Ctrl-C, and so would be the processes that tests interrupt.

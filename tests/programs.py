@@ -1,7 +1,8 @@
 """The bundles with programs of ExecuTorch that the tests share: its exporter takes minutes of CPU, so each is made once.
 
 CRAYON_TEST_PROGRAMS names a folder to keep them in between runs. Where it names none, conftest.py makes one for the session, which the
-processes of one share.
+processes of one share, with the templates in tests/data/templates. What has no template there is made: `python -m tests.programs templates`
+makes those that are there again, and a kept folder has further ones in cache/crayon/templates.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from crayon_runtime.bundle import Bundle
 from crayon_runtime.manifest import LINEARS
 from tests.export.models import tiny_adapter, tiny_llama, tiny_tokenizer
 from tests.support import ROOT, needs
+
+TEMPLATES = ROOT / "tests/data/templates"
 
 CONTEXT, INT8_CONTEXT = 4096, 256
 GROUP_SIZE = 64
@@ -153,5 +156,13 @@ def _export(folder: Path) -> None:
     (folder / "said.json").write_text(json.dumps(said))
 
 
+def _make_templates() -> None:
+    from crayon_export.executorch.making import make_in_process
+    from crayon_export.executorch.template import SUFFIX, read_template
+
+    for path in sorted(TEMPLATES.glob(f"*{SUFFIX}")):
+        make_in_process(read_template(path).spec, path)
+
+
 if __name__ == "__main__":
-    _export(Path(sys.argv[1]))
+    _make_templates() if sys.argv[1:] == ["templates"] else _export(Path(sys.argv[1]))

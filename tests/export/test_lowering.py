@@ -15,6 +15,7 @@ from crayon_export.executorch.storage import PER_ROW
 from crayon_export.executorch.template import SUFFIX, AdapterSpec, Template, TemplateSpec, read_template
 from crayon_runtime.affine import Affine
 from crayon_runtime.errors import BackendError
+from tests.programs import TEMPLATES
 from tests.support import ROOT, needs
 
 # Widths of which no group divides one, and the tap in between.
@@ -72,9 +73,18 @@ def test_what_ships() -> None:
     assert specs.keys() == {(4, 96), (30, 576)}
 
 
+def test_templates_of_tests_are_found_by_their_specifications() -> None:
+    paths = list(TEMPLATES.glob(f"*{SUFFIX}"))
+    assert paths
+    for path in paths:
+        assert path.name == f"{read_template(path).spec.key}{SUFFIX}", (
+            "make them again: python -m tests.programs templates"
+        )
+
+
 @pytest.mark.slow
 def test_what_ships_is_what_the_exporter_makes_now(tmp_path: Path) -> None:
-    """Of the smaller one; the same command makes the other, which takes minutes."""
+    """Of the smallest one; `make templates` makes the others and those of the tests, which takes minutes."""
     needs.module("executorch")
     from crayon_export.plan import plan
     from crayon_server.models import load_nano
