@@ -206,7 +206,7 @@ def test_a_batch_in_parts_is_the_batch(whole, tmp_path, monkeypatch) -> None:
     settings = dataclasses.replace(TINY, gradient_accumulation=3, gradient_checkpointing=True)
     pool = build(NANO, TEXTS, tmp_path / "p", groups=GROUPS, settings=settings)
     for module, pair in whole.pool.lora(1).items():
-        assert distance(pool.lora(1)[module], pair) < 1e-5
+        assert distance(pool.lora(1)[module], pair) < 1e-4
     too_many = dataclasses.replace(TINY, gradient_accumulation=9)
     with pytest.raises(InvalidInput, match="9 parts"):
         build(NANO, TEXTS, tmp_path / "q", groups=GROUPS, settings=too_many)

@@ -206,7 +206,8 @@ def test_the_released_cache(repeats: int, prompt: int) -> None:
     model = model_of(small(layer_repeats=repeats, kv_sharing="released"))
     ids = some_ids(1, 12)
     got = step_by_step(model, ids, prompt)
-    torch.testing.assert_close(got, _released(model, ids, prompt), atol=1e-4, rtol=1e-4)
+    # Passes over keys that are not theirs amplify rounding, differently on each kind of CPU.
+    torch.testing.assert_close(got, _released(model, ids, prompt), atol=1e-3, rtol=1e-3)
     assert (got - logits(model, ids, use_cache=False)).abs().max() > 0.1
     with torch.no_grad():
         generated = model.generate(ids[:, :prompt], max_new_tokens=5, do_sample=False, eos_token_id=None)
