@@ -8,10 +8,15 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from crayon_runtime.profile.jobs import Job
+from crayon_runtime.profile.target import Asked
 from tests.support import needs
 
 
@@ -92,6 +97,24 @@ class Phone:
         subprocess.run(["ip", "netns", "del", self._name], check=True)
         for folder in self._ours:
             folder.rmdir()
+
+
+@contextmanager
+def connected(folder: Path) -> Iterator[Phone]:
+    """A phone that is on, for the tests of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        phone = Phone(folder, patch)
+        phone.start()
+        yield phone
+        phone.stop()
+
+
+def asked(bundle: Path, **others: Any) -> Asked:
+    return Asked(str(bundle), **{"backend": "auto", "adapter": None} | others)
+
+
+def job(held: Asked, work: Any, **others: Any) -> Job:
+    return Job(**held._asdict(), **{"threads": 1, "cpus": None, "process": 0, "work": work} | others)
 
 
 def own_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -203,11 +203,11 @@ def test_a_folder_holds_each_block_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prompt", [1, 7])
 def test_the_released_cache(repeats: int, prompt: int) -> None:
     """One slot for all passes of a block, and torch's causal mask, which is aligned to the first keys in it."""
-    model = model_of(small(layer_repeats=repeats, kv_sharing="released"))
+    # Passes over keys that are not theirs amplify rounding, differently on each kind of CPU, and so much less in float64.
+    model = model_of(small(layer_repeats=repeats, kv_sharing="released")).double()
     ids = some_ids(1, 12)
     got = step_by_step(model, ids, prompt)
-    # Passes over keys that are not theirs amplify rounding, differently on each kind of CPU.
-    torch.testing.assert_close(got, _released(model, ids, prompt), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(got, _released(model, ids, prompt), atol=1e-4, rtol=1e-4)
     assert (got - logits(model, ids, use_cache=False)).abs().max() > 0.1
     with torch.no_grad():
         generated = model.generate(ids[:, :prompt], max_new_tokens=5, do_sample=False, eos_token_id=None)

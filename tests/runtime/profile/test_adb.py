@@ -25,13 +25,13 @@ from crayon_runtime.errors import AdapterError, BackendError, DeviceError
 from crayon_runtime.profile import Profile
 from crayon_runtime.profile import phone as phone_module
 from crayon_runtime.profile.adb import Adb
-from crayon_runtime.profile.jobs import Job, Load, Measure
+from crayon_runtime.profile.jobs import Load, Measure
 from crayon_runtime.profile.phone import ROOT
 from crayon_runtime.profile.records import Absent, Observation
-from crayon_runtime.profile.target import Asked, results
+from crayon_runtime.profile.target import results
 from tests.programs import exported
 from tests.runtime import bundles
-from tests.runtime.phones import Phone, own_server, scripted_server
+from tests.runtime.phones import Phone, asked, connected, job, own_server, scripted_server
 from tests.support import needs
 
 LONG = Measure(prompts=[8], depths=[0], generate=64, rounds=1_000_000, more=False)
@@ -40,11 +40,8 @@ SHORT = Measure(prompts=[8], depths=[0, 4], generate=3, rounds=2, more=True)
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Phone]:
-    with pytest.MonkeyPatch.context() as patch:
-        phone = Phone(tmp_path_factory.mktemp("phone"), patch)
-        phone.start()
+    with connected(tmp_path_factory.mktemp("phone")) as phone:
         yield phone
-        phone.stop()
 
 
 @pytest.fixture
@@ -57,14 +54,6 @@ def phone(network: Phone) -> Phone:
 @pytest.fixture(scope="module")
 def bundle() -> Path:
     return exported().path
-
-
-def asked(bundle: Path, **others: Any) -> Asked:
-    return Asked(str(bundle), **{"backend": "auto", "adapter": None} | others)
-
-
-def job(held: Asked, work: Any, **others: Any) -> Job:
-    return Job(**held._asdict(), **{"threads": 1, "cpus": None, "process": 0, "work": work} | others)
 
 
 def hold(target: Adb, bundle: Path, **others: Any) -> list[str]:

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -17,13 +16,13 @@ from crayon_runtime.cli.profile import profile as command
 from crayon_runtime.errors import BackendError, CrayonError, DeviceError, InvalidInput, MissingExtra
 from crayon_runtime.profile import Profile
 from crayon_runtime.profile.app import PACKAGE, RESULTS, App
-from crayon_runtime.profile.jobs import Describe, Job, Measure
+from crayon_runtime.profile.jobs import Describe, Measure
 from crayon_runtime.profile.phone import ROOT
 from crayon_runtime.profile.records import Failure, Header, Observation
-from crayon_runtime.profile.target import Asked, error_of, results
+from crayon_runtime.profile.target import error_of, results
 from tests.programs import exported
 from tests.runtime import bundles, phone_app
-from tests.runtime.phones import Phone
+from tests.runtime.phones import Phone, asked, connected, job
 
 LONG = Measure(prompts=[8], depths=[0], generate=8, rounds=1_000_000, more=False)
 SHORT = Measure(prompts=[8], depths=[0], generate=4, rounds=2, more=False)
@@ -31,11 +30,8 @@ SHORT = Measure(prompts=[8], depths=[0], generate=4, rounds=2, more=False)
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Phone]:
-    with pytest.MonkeyPatch.context() as patch:
-        phone = Phone(tmp_path_factory.mktemp("phone"), patch)
-        phone.start()
+    with connected(tmp_path_factory.mktemp("phone")) as phone:
         yield phone
-        phone.stop()
 
 
 @pytest.fixture
@@ -50,14 +46,6 @@ def phone(network: Phone) -> Iterator[Phone]:
 @pytest.fixture(scope="module")
 def bundle() -> Path:
     return exported().path
-
-
-def asked(bundle: Path, **others: Any) -> Asked:
-    return Asked(str(bundle), **{"backend": "auto", "adapter": None} | others)
-
-
-def job(held: Asked, work: Any) -> Job:
-    return Job(**held._asdict(), threads=1, cpus=None, process=0, work=work)
 
 
 def assert_nothing_runs(phone: Phone, *, within: float = 0.0) -> None:
