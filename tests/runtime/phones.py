@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,7 @@ class Phone:
         network = os.getpid() % 16384
         here, there = (f"10.213.{network >> 6}.{(network & 63) * 4 + host}" for host in (1, 2))
         self.serial = f"{there}:5555"
-        self._ours = [folder for folder in (Path("/data"), Path("/sdcard")) if not folder.exists()]
-        for folder in self._ours:
-            folder.mkdir()
+        self._storage = _Storage()
         inside = ["ip", "-n", self._name]
         for command in (
             ["ip", "netns", "add", self._name],
@@ -95,8 +95,28 @@ class Phone:
         ).stdout.split():
             os.kill(int(process), 9)
         subprocess.run(["ip", "netns", "del", self._name], check=True)
-        for folder in self._ours:
-            folder.rmdir()
+        self._storage.close()
+
+
+class _Storage:
+    """/data and /sdcard, as long as any phone of any process needs them: who removes a folder unmounts what others have mounted there."""
+
+    def __init__(self) -> None:
+        self._made = (Path(tempfile.gettempdir()) / "crayon-phones").open("a+")
+        fcntl.flock(self._made, fcntl.LOCK_SH)
+        for folder in (Path("/data"), Path("/sdcard")):
+            with suppress(FileExistsError):
+                folder.mkdir()
+                self._made.write(f"{folder}\n")
+        self._made.flush()
+
+    def close(self) -> None:
+        with self._made, suppress(BlockingIOError):  # there is another phone, which does it
+            fcntl.flock(self._made, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._made.seek(0)
+            for folder in self._made.read().split():
+                Path(folder).rmdir()
+            self._made.truncate(0)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import hashlib
 import re
 import shlex
 import struct
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
@@ -200,9 +201,8 @@ def lost(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        module = type(e).__module__.partition(".")[0]
         torn = ConnectionError, EOFError, AssertionError, struct.error  # adbutils asserts what it unpacks
-        if module != "adbutils" and not isinstance(e, torn):
+        if not _comes_from("adbutils", e) or not (isinstance(e, torn) or type(e).__module__.startswith("adbutils.")):
             raise
         said = str(e.args[0]).partition("\n")[0] if e.args else type(e).__name__
         raise DeviceError(
@@ -210,3 +210,9 @@ def lost(name: str) -> Iterator[None]:
             where=name,
             do="look at `adb devices`; nothing of this profile was kept, and files that it has got are not sent again",
         ) from None
+
+
+def _comes_from(package: str, error: Exception) -> bool:
+    """Whether code of a package was running when it was raised."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(str(frame.f_globals.get("__name__")).partition(".")[0] == package for frame in frames)
