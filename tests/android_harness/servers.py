@@ -56,7 +56,8 @@ def serving(fixtures: Path) -> Iterator[None]:
 class Files(Listening):
     """Serves `/KIND/ANYTHING/NAME`, a file of the fixtures, and `/asked/KIND/ANYTHING/NAME`, the ranges that it was asked for.
 
-    What it does depends on the kind, and on how often it was asked for this very path.
+    What it does depends on the kind, and on how often it was asked for this very path. `moved.KIND` redirects to that kind, and
+    `elsewhere.KIND` to it under another name of this server.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,6 +72,11 @@ class Files(Listening):
             return
         _, kind, _, name = path.split("/")
         self._ranges[path].append(to.headers.get("range"))
+        how, _, then = kind.partition(".")
+        if then:
+            server = self.url.replace("127.0.0.1", "localhost") if how == "elsewhere" else ""
+            to.reply(302, Location=f"{server}{path.replace(kind, then, 1)}?signed")
+            return
         steps = self._kinds((self._folder / name).read_bytes())[kind]
         steps[min(len(self._ranges[path]), len(steps)) - 1](to)
 
@@ -83,6 +89,9 @@ class Files(Listening):
 
         def cut(to: Handler) -> None:
             self._cut(to, whole, half, tagged=True)
+
+        def keyed(to: Handler, *, wanted: bool) -> None:
+            to.reply(*(200, whole) if ("authorization" in to.headers) == wanted else (401, b""))
 
         misplaced = answers(206, whole[7:], ETag='"the file"', Content_Range=f"bytes 7-{size - 1}/{size}")
         return {
@@ -97,6 +106,12 @@ class Files(Listening):
             "rangeless": [cut, answers(200, whole, ETag='"the file"')],
             "untagged": [lambda to: self._cut(to, whole, half, tagged=False), answers(200, whole)],
             "misplaced": [cut, misplaced, part],
+            "keyed": [lambda to: keyed(to, wanted=True)],
+            "keyless": [lambda to: keyed(to, wanted=False)],
+            "circles": [lambda to: to.reply(301, Location=to.path)],
+            "unencrypted": [answers(302, Location="http://example.org/a?signed")],
+            "unfetchable": [answers(302, Location="ftp://example.org/a")],
+            "nowhere": [answers(302)],
             "slow": [lambda to: self._cut(to, whole, 100_000, tagged=True, pause=30)],
         }
 

@@ -1,8 +1,9 @@
 /*
  * Fetching files over HTTP from a server that may be broken, slow or hostile.
  *
- * What is read is bounded by its caller, and every fetch has a deadline. Redirects are not followed, nothing is decompressed. Where a
- * connection is cut, the rest is fetched, if the server says by its ETag that the file is still the same; otherwise all of it.
+ * What is read is bounded by its caller, and every fetch has a deadline. Nothing is decompressed; redirects are followed only where the caller
+ * checks their addresses, and without the key where they lead to another server. Where a connection is cut, the rest is fetched, if the server
+ * says by its ETag that the file is still the same; otherwise all of it.
  */
 package crayon.runtime
 
@@ -13,6 +14,7 @@ import kotlinx.serialization.json.JsonObject
 import java.io.ByteArrayOutputStream
 import java.io.IOException
 import java.net.HttpURLConnection
+import java.net.MalformedURLException
 import java.net.SocketTimeoutException
 import java.net.URL
 import kotlin.math.max
@@ -23,6 +25,8 @@ private const val BACK_OFF_MS = 500L
 private const val LONGEST_WAIT_MS = 60_000L
 private const val CONNECT_MS = 10_000
 private const val LARGEST_ERROR = 4096
+private const val MOST_REDIRECTS = 5
+private val REDIRECTS = setOf(301, 302, 303, 307, 308)
 private val TRANSIENT = setOf(408, 425, 429, 500, 502, 503, 504)
 private val NOT_ANY_MORE = setOf(404, 410, 412, 416) // said of the rest of a file
 private val RANGE = Regex("""bytes (?:(\d{1,18})-\d{1,18}|\*)/(?:(\d{1,18})|\*)""")
@@ -63,8 +67,15 @@ internal class InMemory : Destination {
  * @param apiKey sent as `Authorization: Bearer`.
  * @param timeoutMs without a byte, after which a connection counts as cut.
  * @param deadlineMs that one fetch may take in all, retries included.
+ * @param checkRedirect throws InvalidInput if a redirect of a file to this address, without its query, is not to be followed; null: none is.
  */
-internal class Connection(val url: String, private val apiKey: String?, private val timeoutMs: Int, private val deadlineMs: Long) {
+internal class Connection(
+    val url: String,
+    private val apiKey: String?,
+    private val timeoutMs: Int,
+    private val deadlineMs: Long,
+    private val checkRedirect: ((String) -> Unit)? = null,
+) {
     /** Of the bodies of requests, and of answers, retries included. */
     var sentBytes = 0L
         private set
@@ -131,41 +142,70 @@ internal class Connection(val url: String, private val apiKey: String?, private 
 
         /** Fetches what is missing; returns the status. */
         fun attempt(): Int {
-            checkActive()
             val from = start
-            val connection = URL(address(if (from > 0) again!! else path)).openConnection() as HttpURLConnection
+            var at = URL(address(if (from > 0) again!! else path))
+            repeat(1 + MOST_REDIRECTS) {
+                checkActive()
+                val connection = at.openConnection() as HttpURLConnection
+                try {
+                    ask(connection, from)
+                    val status = connection.responseCode
+                    answered = true
+                    if (checkRedirect == null || body != null || status !in REDIRECTS) return take(connection, status, from)
+                    at = redirected(connection)
+                } catch (e: SocketTimeoutException) {
+                    throw Cut("the service did not answer for ${timeoutMs / 1000.0} s", "try again later", cause = e)
+                } catch (e: OutputFailed) {
+                    throw OutputError(e.cause.said(), advice = "free some space", cause = e.cause)
+                } catch (e: IOException) {
+                    throw Cut("the connection failed: ${plain(e.message ?: "$e")}", "check the address and the network", cause = e)
+                } finally {
+                    connection.disconnect()
+                }
+            }
+            throw ServerError("the service redirects more than $MOST_REDIRECTS times", url, "check the address")
+        }
+
+        /** What an answer brings; returns the status. */
+        private fun take(connection: HttpURLConnection, status: Int, from: Long): Int {
+            if (from > 0 && status in NOT_ANY_MORE) {
+                if (status == 416 && ends(connection) == from) return 200 // it was whole
+                into.restart(null)
+                throw Cut("the service does not have the rest of what it sent", "try again later")
+            }
+            if (status == 404 && body == null) return status
+            if (status == 206 && from > 0) {
+                checkPart(connection, from)
+            } else if (status != 200) {
+                throw refusal(connection, status)
+            }
+            if ((connection.contentEncoding ?: "identity") != "identity") throw ServerError("the service sends compressed data", url)
+            if (status == 200) {
+                into.restart(connection.getHeaderField("ETag")?.takeIf { it.startsWith('"') })
+                again = again ?: name(connection.getHeaderField("Content-Location").orEmpty())
+            }
+            read(connection)
+            return 200
+        }
+
+        /** Where a redirect leads. It must be a place that may be asked, and not be read by others on the way if this one was not. */
+        private fun redirected(connection: HttpURLConnection): URL {
+            val location = connection.getHeaderField("Location") ?: throw ServerError("the service redirects to nowhere", url)
             try {
-                ask(connection, from)
-                val status = connection.responseCode
-                answered = true
-                if (from > 0 && status in NOT_ANY_MORE) {
-                    if (status == 416 && ends(connection) == from) return 200 // it was whole
-                    into.restart(null)
-                    throw Cut("the service does not have the rest of what it sent", "try again later")
-                }
-                if (status == 404 && body == null) return status
-                if (status == 206 && from > 0) {
-                    checkPart(connection, from)
-                } else if (status != 200) {
-                    throw refusal(connection, status)
-                }
-                if ((connection.contentEncoding ?: "identity") != "identity") throw ServerError("the service sends compressed data", url)
-                if (status == 200) {
-                    into.restart(connection.getHeaderField("ETag")?.takeIf { it.startsWith('"') })
-                    again = again ?: name(connection.getHeaderField("Content-Location").orEmpty())
-                }
-                read(connection)
-                return 200
-            } catch (e: SocketTimeoutException) {
-                throw Cut("the service did not answer for ${timeoutMs / 1000.0} s", "try again later", cause = e)
-            } catch (e: OutputFailed) {
-                throw OutputError(e.cause.said(), advice = "free some space", cause = e.cause)
-            } catch (e: IOException) {
-                throw Cut("the connection failed: ${plain(e.message ?: "$e")}", "check the address and the network", cause = e)
-            } finally {
-                connection.disconnect()
+                val to = URL(connection.url, location)
+                checkRedirect!!("$to".substringBefore('?'))
+                if ("$to".any { it !in '!'..'~' }) throw InvalidInput("it is no address")
+                if (connection.url.protocol == "https" && to.protocol != "https") throw InvalidInput("it is not encrypted")
+                return to
+            } catch (e: MalformedURLException) {
+                throw refusedRedirect(location, "it is no address", e)
+            } catch (e: InvalidInput) {
+                throw refusedRedirect(location, e.what, e)
             }
         }
+
+        private fun refusedRedirect(location: String, why: String, cause: Exception) =
+            ServerError("the service redirects to ${plain(location.substringBefore('?'))}: $why", url, "do not use it", cause)
 
         private fun ask(connection: HttpURLConnection, from: Long) {
             connection.connectTimeout = min(CONNECT_MS, timeoutMs)
@@ -174,7 +214,7 @@ internal class Connection(val url: String, private val apiKey: String?, private 
             connection.useCaches = false
             connection.setRequestProperty("Accept-Encoding", "identity")
             connection.setRequestProperty("User-Agent", "crayon-edge-android")
-            if (apiKey != null) connection.setRequestProperty("Authorization", "Bearer $apiKey")
+            if (apiKey != null && ownServer(connection.url)) connection.setRequestProperty("Authorization", "Bearer $apiKey")
             if (from > 0) {
                 connection.setRequestProperty("Range", "bytes=$from-")
                 connection.setRequestProperty("If-Range", into.etag)
@@ -231,6 +271,11 @@ internal class Connection(val url: String, private val apiKey: String?, private 
                 "do not use this service; it is broken or hostile",
             )
     }
+
+    /** Whether it is the server that the key is for. */
+    private fun ownServer(other: URL): Boolean = origin(URL(url)) == origin(other)
+
+    private fun origin(of: URL) = Triple(of.protocol, of.host, if (of.port < 0) of.defaultPort else of.port)
 
     /** Nothing, and a query, belong to the server's address itself. */
     private fun address(path: String): String = if (path.isEmpty() || path.startsWith('?')) "$url$path" else "$url/$path"

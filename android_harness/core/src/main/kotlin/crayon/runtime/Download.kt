@@ -2,7 +2,8 @@
  * Downloads that go on where they were cut, in this process or in a later one.
  *
  * What came so far lies beside its target, as `.NAME.part`, with the ETag of the file that it is the beginning of. The server is asked for the
- * rest of that very file; where it has another one now, or no ETag, or no parts, it all comes again.
+ * rest of that very file; where it has another one now, or no ETag, or no parts, it all comes again. Redirects are followed, as places that store
+ * large files send to others that do: from the address that was given, each time.
  */
 package crayon.runtime
 
@@ -35,7 +36,7 @@ private val HASH = Regex("[0-9a-f]{64}")
  *
  * @property sha256 of the file, in lower-case hex; null: it is not known, and a bundle is checked by its manifest alone.
  * @property largest bytes; more is refused, whatever the server announces.
- * @property apiKey sent as `Authorization: Bearer`.
+ * @property apiKey sent as `Authorization: Bearer`, and not to another server that this one redirects to.
  * @property plainHttp allow http to other machines, where everybody on the way can read and change what is sent.
  * @property timeoutMs without a byte, after which a connection counts as cut.
  * @property deadlineMs that a download may take in all, retries included.
@@ -106,13 +107,14 @@ private suspend fun <T> fetched(
     use: (Path) -> T,
 ): T =
     withContext(Dispatchers.IO) {
-        val base = checkedUrl(url.substringBefore('?'), options.plainHttp, "everybody on the way could read and change what is sent")
+        val check = { address: String -> checkedUrl(address, options.plainHttp, "everybody on the way could read and change what is sent") }
+        val base = check(url.substringBefore('?'))
         val query = url.substring(url.substringBefore('?').length)
         if ('#' in query || query.any { it !in '!'..'~' }) throw InvalidInput("the address has a fragment, or a space", base)
         if (options.sha256 != null && !HASH.matches(options.sha256)) {
             throw InvalidInput("this is no SHA-256: ${shown(options.sha256)}", "sha256", "give 64 hexadecimal digits in lower case")
         }
-        val connection = Connection(base, checkedKey(options.apiKey), options.timeoutMs, options.deadlineMs)
+        val connection = Connection(base, checkedKey(options.apiKey), options.timeoutMs, options.deadlineMs) { check(it) }
         try {
             PartFile.open(place, base).use { part ->
                 val status = connection.fetch(query, options.largest, part) { _, total -> onProgress(part.length, total) }

@@ -208,6 +208,39 @@ class DownloadTest {
         }
 
     @Test
+    fun `a redirect is followed, each time anew, and the key goes to its own server only`() =
+        runBlocking {
+            val url = url("moved.elsewhere.cut")
+            download(url, target, DownloadOptions(sha256 = hash))
+            whole()
+            val ranges = listOf(null, "bytes=$half-")
+            for (passed in listOf("moved.elsewhere.cut", "elsewhere.cut", "cut")) {
+                assertEquals(ranges, asked(url.replace("moved.elsewhere.cut", passed)), passed)
+            }
+            val keyed = DownloadOptions(sha256 = hash, apiKey = "secret")
+            download(url("moved.keyed"), target, keyed)
+            download(url("elsewhere.keyless"), target, keyed)
+            assertContains(assertFailsWith<ServerError> { download(url("moved.keyed"), target) }.message!!, "refuses")
+            Unit
+        }
+
+    @Test
+    fun `a redirect that leads to where nobody should ask is refused`() =
+        runBlocking {
+            for ((kind, said) in listOf(
+                "circles" to "redirects more than 5 times",
+                "unencrypted" to "redirects to http://example.org/a: everybody on the way",
+                "unfetchable" to "redirects to ftp://example.org/a: this is not the address",
+                "nowhere" to "redirects to nowhere",
+            )) {
+                val error = assertFailsWith<ServerError>(kind) { download(url(kind), target) }
+                assertContains(error.message!!, said)
+                assertTrue("signed" !in error.message!!)
+            }
+            assertEquals(emptyList(), names)
+        }
+
+    @Test
     fun `what cannot be fetched is said`() =
         runBlocking {
             assertContains(assertFailsWith<ServerError> { download(url("missing"), target) }.message!!, "no such file")

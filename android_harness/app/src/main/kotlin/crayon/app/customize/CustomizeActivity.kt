@@ -46,8 +46,8 @@ class CustomizeActivity : Screen() {
             .zip(texts(R.id.answer))
             .filter { (question, answer) -> question.isNotBlank() || answer.isNotBlank() }
             .map { (question, answer) -> Example(question.trim().let { if (it.isEmpty()) it else it + SEPARATOR }, answer.trim()) }
-        val customizing = parts.customizing
-        begin(Kind.CUSTOMIZE) { customizing.preview(examples) }
+        val task = parts.customizing.preview(examples)
+        begin(Kind.CUSTOMIZE) { task() }
     }
 
     private fun send() {

@@ -37,12 +37,22 @@ class Customizing(private val model: Model, private val settings: Settings, priv
     private val told = MutableStateFlow<Customized>(Customized.Idle)
     val state: StateFlow<Customized> = told.asStateFlow()
 
-    /** Computes what would be sent. The service is asked for its pool, and told nothing. */
-    suspend fun preview(examples: List<Example>) =
-        telling(stale = true) {
-            val client = client { throw InvalidInput("nothing is sent for a preview") }
-            Customized.Preview(examples, client.url, Customizer(model.ready(), client).preview(examples))
+    private var changes = 0
+
+    /**
+     * The task that computes what would be sent. The service is asked for its pool, and told nothing. What comes of it is not shown if the
+     * examples were changed after this call, be it before the task began.
+     */
+    @Synchronized
+    fun preview(examples: List<Example>): suspend () -> Unit {
+        val seen = changes
+        return {
+            telling(seen) {
+                val client = client { throw InvalidInput("nothing is sent for a preview") }
+                Customized.Preview(examples, client.url, Customizer(model.ready(), client).preview(examples))
+            }
         }
+    }
 
     /** Sends what was shown, and writes down that it did. If the pool has changed since, something else would be sent: then nothing is. */
     suspend fun send(shown: Customized.Preview) =
@@ -71,7 +81,9 @@ class Customizing(private val model: Model, private val settings: Settings, priv
         }
 
     /** What was shown is no longer what would be sent. */
+    @Synchronized
     fun forget() {
+        changes++
         told.value = Customized.Idle
     }
 
@@ -89,17 +101,22 @@ class Customizing(private val model: Model, private val settings: Settings, priv
         return PoolClient(service.url, keys.trusted, service.key, onSend = onSend)
     }
 
-    /** @param stale whether the result is of no use where the examples were changed in the meantime. */
-    private suspend fun telling(stale: Boolean = false, work: suspend () -> Customized) {
-        told.value = Customized.Working
+    /** @param seen the changes of the examples, after which the result is of no use; null: it always is. */
+    private suspend fun telling(seen: Int? = null, work: suspend () -> Customized) {
+        tell(seen, Customized.Working)
         val result = try {
             work()
         } catch (e: CancellationException) {
-            told.value = Customized.Idle
+            tell(null, Customized.Idle)
             throw e
         } catch (e: Throwable) {
             Customized.Failed(e.said())
         }
-        if (stale) told.compareAndSet(Customized.Working, result) else told.value = result
+        tell(seen, result)
+    }
+
+    @Synchronized
+    private fun tell(seen: Int?, state: Customized) {
+        if (seen == null || seen == changes) told.value = state
     }
 }

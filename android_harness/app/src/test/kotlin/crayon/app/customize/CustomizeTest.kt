@@ -99,6 +99,13 @@ class CustomizeTest : AppTest() {
         gate.countDown()
         untilIdle()
         assertFalse(screen.canSend)
+        screen.press(R.id.preview)
+        screen.example(0, "wake me at ten", "alarm.set(time=10:00 AM, day=tomorrow)") // before the task begins
+        startService()
+        untilIdle()
+        assertFalse(screen.canSend)
+        screen.preview()
+        assertEquals(true, screen.canSend)
     }
 
     @Test
