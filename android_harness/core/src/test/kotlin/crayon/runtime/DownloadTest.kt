@@ -13,7 +13,6 @@ import org.junit.jupiter.api.io.TempDir
 import java.net.ServerSocket
 import java.net.URL
 import java.nio.file.Path
-import java.nio.file.Paths
 import java.util.UUID
 import kotlin.io.path.createDirectory
 import kotlin.io.path.fileSize
@@ -91,9 +90,8 @@ class DownloadTest {
     fun `a process that is killed leaves what came`() =
         runBlocking {
             val url = url("plain")
-            val java = Paths.get(System.getProperty("java.home"), "bin", "java").toString()
-            val child = ProcessBuilder(java, "-cp", System.getProperty("java.class.path"), "crayon.runtime.FetchingKt", url, "$target")
-            assertEquals(9, child.inheritIO().start().waitFor())
+            val child = ProcessBuilder(jvm("crayon.runtime.FetchingKt", url, "$target")).inheritIO().start()
+            assertEquals(9, child.waitFor())
             assertEquals(cutShort, names)
             val came = folder.resolve(".a.crayon.part").fileSize()
             assertTrue(came in 100_000 until archive.fileSize())

@@ -9,8 +9,7 @@ import kotlin.test.assertEquals
 
 /** What such a process says. @param kind `install` or `download`. */
 internal fun filled(kind: String, source: String, target: String): String {
-    val java = Paths.get(System.getProperty("java.home"), "bin", "java").toString()
-    val command = listOf(java, "-cp", System.getProperty("java.class.path"), "crayon.runtime.FillingKt", kind, source, target)
+    val command = jvm("crayon.runtime.FillingKt", kind, source, target)
     val child = ProcessBuilder(listOf("sh", "-c", "ulimit -f 400; exec \"$@\"", "sh") + command) // blocks of 512 bytes
         .redirectError(ProcessBuilder.Redirect.INHERIT)
         .start()

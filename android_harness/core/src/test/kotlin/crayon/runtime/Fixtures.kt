@@ -24,6 +24,12 @@ internal val fixtures: Path
         return Paths.get(folder)
     }
 
+/** The command of another JVM like this one. @param main the class whose `main` it runs. */
+internal fun jvm(main: String, vararg arguments: String): List<String> {
+    val java = Paths.get(System.getProperty("java.home"), "bin", "java").toString()
+    return listOf(java, "-cp", System.getProperty("java.class.path"), main, *arguments)
+}
+
 private val EXPECTED = Json { ignoreUnknownKeys = true }
 
 internal val expected: Expected by lazy { EXPECTED.decodeFromString(fixtures.resolve("expected.json").readText()) }

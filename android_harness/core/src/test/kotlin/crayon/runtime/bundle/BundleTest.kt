@@ -14,6 +14,7 @@ import crayon.runtime.edit
 import crayon.runtime.filled
 import crayon.runtime.fixtures
 import crayon.runtime.flipByte
+import crayon.runtime.jvm
 import crayon.runtime.memoryNeeded
 import kotlinx.coroutines.runBlocking
 import org.junit.jupiter.api.Test
@@ -21,7 +22,6 @@ import org.junit.jupiter.api.io.TempDir
 import java.io.RandomAccessFile
 import java.nio.file.Files
 import java.nio.file.Path
-import java.nio.file.Paths
 import kotlin.io.path.copyTo
 import kotlin.io.path.deleteExisting
 import kotlin.io.path.exists
@@ -232,9 +232,8 @@ class BundleTest {
     fun `a process that is killed in the middle of an installation leaves the bundle that was there`() {
         val target = folder.resolve("model")
         val name = install(fixtures.resolve("nano.crayon"), target).manifest.name
-        val java = Paths.get(System.getProperty("java.home"), "bin", "java").toString()
-        val arguments = listOf(java, "-cp", System.getProperty("java.class.path"), "crayon.runtime.bundle.DyingKt")
-        val child = ProcessBuilder(arguments + listOf("${fixtures.resolve("signed.crayon")}", "$target")).inheritIO().start()
+        val dying = jvm("crayon.runtime.bundle.DyingKt", "${fixtures.resolve("signed.crayon")}", "$target")
+        val child = ProcessBuilder(dying).inheritIO().start()
         assertEquals(9, child.waitFor())
         assertTrue(names(folder).any { ".partial-" in it }, "it was in the middle")
         assertEquals(name, Bundle.open(target, verify = true).manifest.name)
