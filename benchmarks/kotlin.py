@@ -22,7 +22,7 @@ from crayon_server.models import load_nano
 from tests.support import ROOT, needs
 
 THREADS, TOKENS = 2, 24
-LOADS, ROUNDS = 4, 4
+LOADS, ROUNDS = 4, 12
 """Where the weights of a session lie in memory makes it faster or slower, so both engines are loaded anew, in turns."""
 
 PROMPTS = (
