@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not os.environ.get("CRAYON_TEST_PROGRAMS"):
         folder = tempfile.TemporaryDirectory(prefix="crayon-programs-")
         config.add_cleanup(folder.cleanup)
-        # Minutes of ExecuTorch's exporter; test_lowering holds that they are what it makes.
+        # Minutes of ExecuTorch's exporter, which `make templates` takes when there is another version of it.
         shutil.copytree(ROOT / "tests/data/templates", Path(folder.name, "cache/crayon/templates"))
         os.environ["CRAYON_TEST_PROGRAMS"] = folder.name
         config.add_cleanup(lambda: os.environ.pop("CRAYON_TEST_PROGRAMS"))

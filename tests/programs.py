@@ -12,9 +12,12 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import msgspec
 
 from crayon_runtime.bundle import Bundle
 from crayon_runtime.manifest import LINEARS
@@ -157,11 +160,18 @@ def _export(folder: Path) -> None:
 
 
 def _make_templates() -> None:
+    """Those that are there, be they of another version of ExecuTorch, which `read_template` refuses."""
     from crayon_export.executorch.making import make_in_process
-    from crayon_export.executorch.template import SUFFIX, read_template
+    from crayon_export.executorch.template import EXECUTORCH, SUFFIX, TemplateSpec
 
     for path in sorted(TEMPLATES.glob(f"*{SUFFIX}")):
-        make_in_process(read_template(path).spec, path)
+        with zipfile.ZipFile(path) as archive:
+            index = json.loads(archive.read("index.json"))
+        spec = msgspec.convert(index["spec"] | {"executorch": EXECUTORCH}, TemplateSpec)
+        made = TEMPLATES / f"{spec.key}{SUFFIX}"
+        make_in_process(spec, made)
+        if made != path:
+            path.unlink()
 
 
 if __name__ == "__main__":

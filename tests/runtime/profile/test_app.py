@@ -89,6 +89,15 @@ def test_jobs_are_done_by_new_processes_and_an_adapter_is_sent(phone: Phone, bun
     assert_nothing_runs(phone)
 
 
+def test_what_fails_while_a_phone_is_held_is_not_its_loss(phone: Phone, bundle: Path) -> None:
+    with (
+        pytest.raises(ConnectionError, match="of somebody else"),
+        App(phone.serial).hold(asked(bundle), lambda _: None),
+    ):
+        raise ConnectionError("of somebody else")
+    assert_nothing_runs(phone)
+
+
 def test_without_the_app(network: Phone, bundle: Path) -> None:
     with pytest.raises(DeviceError, match="the app crayon.app is not on the phone") as raised:  # noqa: SIM117
         with App(network.serial).hold(asked(bundle), lambda _: None):

@@ -202,7 +202,7 @@ def lost(name: str) -> Iterator[None]:
         yield
     except Exception as e:
         torn = ConnectionError, EOFError, AssertionError, struct.error  # adbutils asserts what it unpacks
-        if not _comes_from("adbutils", e) or not (isinstance(e, torn) or type(e).__module__.startswith("adbutils.")):
+        if not _passed_adbutils(e) or not (isinstance(e, torn) or type(e).__module__.startswith("adbutils.")):
             raise
         said = str(e.args[0]).partition("\n")[0] if e.args else type(e).__name__
         raise DeviceError(
@@ -212,7 +212,7 @@ def lost(name: str) -> Iterator[None]:
         ) from None
 
 
-def _comes_from(package: str, error: Exception) -> bool:
-    """Whether code of a package was running when it was raised."""
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(str(frame.f_globals.get("__name__")).partition(".")[0] == package for frame in frames)
+def _passed_adbutils(error: Exception) -> bool:
+    """Whether it was raised there, or in what was called from there."""
+    modules = (str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(module.partition(".")[0] == "adbutils" for module in modules)

@@ -152,7 +152,7 @@ internal class Connection(
                     val status = connection.responseCode
                     answered = true
                     if (checkRedirect == null || body != null || status !in REDIRECTS) return take(connection, status, from)
-                    at = redirected(connection)
+                    at = redirected(connection, checkRedirect)
                 } catch (e: SocketTimeoutException) {
                     throw Cut("the service did not answer for ${timeoutMs / 1000.0} s", "try again later", cause = e)
                 } catch (e: OutputFailed) {
@@ -188,12 +188,12 @@ internal class Connection(
             return 200
         }
 
-        /** Where a redirect leads. It must be a place that may be asked, and not be read by others on the way if this one was not. */
-        private fun redirected(connection: HttpURLConnection): URL {
+        /** Where a redirect leads: to an address that `check` lets pass, and not from an encrypted connection to one that is none. */
+        private fun redirected(connection: HttpURLConnection, check: (String) -> Unit): URL {
             val location = connection.getHeaderField("Location") ?: throw ServerError("the service redirects to nowhere", url)
             try {
                 val to = URL(connection.url, location)
-                checkRedirect!!("$to".substringBefore('?'))
+                check("$to".substringBefore('?'))
                 if ("$to".any { it !in '!'..'~' }) throw InvalidInput("it is no address")
                 if (connection.url.protocol == "https" && to.protocol != "https") throw InvalidInput("it is not encrypted")
                 return to

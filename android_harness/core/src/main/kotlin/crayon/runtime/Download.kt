@@ -107,14 +107,16 @@ private suspend fun <T> fetched(
     use: (Path) -> T,
 ): T =
     withContext(Dispatchers.IO) {
-        val check = { address: String -> checkedUrl(address, options.plainHttp, "everybody on the way could read and change what is sent") }
-        val base = check(url.substringBefore('?'))
+        val checked = { address: String ->
+            checkedUrl(address, options.plainHttp, "everybody on the way could read and change what is sent")
+        }
+        val base = checked(url.substringBefore('?'))
         val query = url.substring(url.substringBefore('?').length)
         if ('#' in query || query.any { it !in '!'..'~' }) throw InvalidInput("the address has a fragment, or a space", base)
         if (options.sha256 != null && !HASH.matches(options.sha256)) {
             throw InvalidInput("this is no SHA-256: ${shown(options.sha256)}", "sha256", "give 64 hexadecimal digits in lower case")
         }
-        val connection = Connection(base, checkedKey(options.apiKey), options.timeoutMs, options.deadlineMs) { check(it) }
+        val connection = Connection(base, checkedKey(options.apiKey), options.timeoutMs, options.deadlineMs) { checked(it) }
         try {
             PartFile.open(place, base).use { part ->
                 val status = connection.fetch(query, options.largest, part) { _, total -> onProgress(part.length, total) }
